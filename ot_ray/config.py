@@ -1,0 +1,141 @@
+"""Frozen, typed configuration: YAML files plus ``section.key=value`` overrides.
+
+What a setting means stands beside its owner, as a ``Config`` subclass with one docstring a field; this
+module only reads, merges and refuses. Environment variables and secrets are never read here."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ot_ray.errors import ConfigError
+
+
+class Config(BaseModel):
+    """Base of every configuration and manifest: immutable, and closed to unknown keys."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        validate_default=True,
+        allow_inf_nan=False,
+    )
+
+
+C = TypeVar("C", bound=Config)
+
+
+def load(cls: type[C], path: str | Path | None = None, overrides: Iterable[str] = ()) -> C:
+    """Read a configuration from a YAML file, then apply overrides from left to right.
+
+    Args:
+        cls: the configuration class to fill.
+        path: a YAML file whose top level is a mapping; ``None`` starts from the defaults.
+        overrides: ``section.key=value`` strings; the value is read as YAML (``training.lr=1e-4``).
+
+    Raises:
+        ConfigError: the file is missing or no mapping, an override has no ``=``, a key is unknown
+            (the nearest valid key is named), or a value has the wrong type or range.
+    """
+    values = _read_yaml(Path(path)) if path is not None else {}
+    for override in overrides:
+        _apply(values, override)
+    return parse(cls, values, where=str(path) if path is not None else "the configuration")
+
+
+def parse(cls: type[C], values: Mapping[str, Any], where: str) -> C:
+    """Check plain values against a configuration class.
+
+    Args:
+        where: the file or object that the values come from, for error messages.
+
+    Raises:
+        ConfigError: one line for each problem, naming field, value and way out.
+    """
+    try:
+        return cls.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(cls, item, where) for item in error.errors())) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file; pass an existing YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: the top level is a {type(values).__name__}; write `key: value` lines")
+    return values
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, sign, text = override.partition("=")
+    if not sign or not key.strip():
+        raise ConfigError(f"{override!r} is not an override; write section.key=value")
+    *sections, leaf = key.strip().split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{override!r}: {section} is {inner!r}, not a section that holds keys")
+        values = inner
+    values[leaf] = _yaml_value(text, override)
+
+
+def _yaml_value(text: str, override: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"{override!r}: the value is not valid YAML; quote it") from None
+    if isinstance(value, str):
+        # YAML 1.1 reads 1e-4 as text; a person who writes it means the number.
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _explain(cls: type[BaseModel], item: Any, where: str) -> str:
+    location = [str(part) for part in item["loc"]]
+    field = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        owner = _class_at(cls, location[:-1])
+        valid = list(owner.model_fields) if owner else []
+        near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(valid)}"
+        return f"{where}: unknown key {field}; {hint}"
+    if item["type"] == "missing":
+        return f"{where}: {field} is required; set {field}=..."
+    message = item["msg"].removeprefix("Value error, ")
+    if not field:
+        return f"{where}: {message}"
+    return f"{where}: {field} is {item['input']!r}: {message}"
+
+
+def _class_at(cls: type[BaseModel], path: list[str]) -> type[BaseModel] | None:
+    for part in path:
+        if cls is None or part not in cls.model_fields:
+            return None
+        cls = _config_class(cls.model_fields[part].annotation)  # type: ignore[assignment]
+    return cls
+
+
+def _config_class(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        found = _config_class(inner)
+        if found is not None:
+            return found
+    return None
