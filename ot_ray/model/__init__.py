@@ -4,6 +4,8 @@ from ot_ray.model.distill import DistillLoss, DistillModel, DistillOutput, next_
 from ot_ray.model.emulator import uniform_layers
 from ot_ray.model.families import FAMILIES, Family, check_supported, family_of
 from ot_ray.model.isolation import isolated_documents
+from ot_ray.model.language import LanguageModel, LanguageOutput
+from ot_ray.model.loading import ModelConfig, load_model, load_tokenizer
 from ot_ray.model.split import SplitPlan, adapter_state, depth_of, emulate, plug_in
 from ot_ray.model.tuning import (
     METHODS,
@@ -21,8 +23,11 @@ __all__ = [
     "DistillModel",
     "DistillOutput",
     "Family",
+    "LanguageModel",
+    "LanguageOutput",
     "LoraSettings",
     "Method",
+    "ModelConfig",
     "SplitPlan",
     "adapter_state",
     "check_supported",
@@ -30,6 +35,8 @@ __all__ = [
     "emulate",
     "family_of",
     "isolated_documents",
+    "load_model",
+    "load_tokenizer",
     "merged_adapter_state",
     "next_token_loss",
     "normalized_mse",

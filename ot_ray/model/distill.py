@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from ot_ray.config import Config
 from ot_ray.errors import SplitError
-from ot_ray.model.families import first_of, layers_of, like, set_layers
+from ot_ray.model.families import first_of, layers_of, set_layers
+from ot_ray.model.isolation import isolated_documents
 from ot_ray.model.split import SplitPlan, depth_of, with_layers
 
 
@@ -157,7 +158,8 @@ class DistillModel(nn.Module):
             input_ids, labels, position_ids: int64 [B, T], as the packer makes them; labels are not shifted.
             real: bool [B, T], False on padding.
         """
-        output = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        with isolated_documents(self.model):
+            output = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         lanes = self._lanes
         assert lanes.student is not None and lanes.teacher is not None
         kd_loss = normalized_mse(lanes.student, lanes.teacher, real)

@@ -18,9 +18,7 @@ def uniform_layers(middle: int, keep: int) -> list[int]:
         SplitError: `keep` is not in 1..`middle`.
     """
     if not 1 <= keep <= middle:
-        raise SplitError(
-            f"split.keep is {keep}, but only {middle} layers lie between the adapters; use 1..{middle}"
-        )
+        raise SplitError(f"split.keep is {keep}, but only {middle} layers lie between the adapters; use 1..{middle}")
     if keep == 1:
         return [(middle - 1) // 2]
     return [round(i * (middle - 1) / (keep - 1)) for i in range(keep)]

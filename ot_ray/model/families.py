@@ -112,8 +112,3 @@ def renumber(layers: nn.ModuleList) -> None:
 def first_of(output: torch.Tensor | tuple) -> torch.Tensor:
     """The hidden states in what a layer returns: some families return a tuple, some the tensor."""
     return output[0] if isinstance(output, tuple) else output
-
-
-def like(output: torch.Tensor | tuple, hidden: torch.Tensor) -> torch.Tensor | tuple:
-    """`hidden` in the shape of return value that this family's layers use."""
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

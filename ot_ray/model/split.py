@@ -92,9 +92,7 @@ def emulate(model: PreTrainedModel, plan: SplitPlan, kept: Sequence[int], *, sha
     """
     middle = plan.middle(depth_of(model))
     if len(kept) != plan.keep or list(kept) != sorted(set(kept)) or not set(kept) <= set(range(len(middle))):
-        raise SplitError(
-            f"kept is {list(kept)}; name {plan.keep} different layers of 0..{len(middle) - 1}, ascending"
-        )
+        raise SplitError(f"kept is {list(kept)}; name {plan.keep} different layers of 0..{len(middle) - 1}, ascending")
     adapter = plan.adapter_positions(depth_of(model))
     chosen = [*adapter[: plan.bottom], *(middle[i] for i in kept), *adapter[plan.bottom :]]
     return with_layers(model, chosen, share=share)

@@ -1,0 +1,85 @@
+"""What every verb's command line shares: configuration in, typed errors out as one message."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ot_ray.config import Config, load
+from ot_ray.errors import OTRayError
+
+C = TypeVar("C", bound=Config)
+
+
+def run_command(
+    verb: str,
+    cls: type[C],
+    run: Callable[[C], Any],
+    arguments: Sequence[str] | None = None,
+    default_config: str | None = None,
+) -> None:
+    """Parse the command line of one verb, run it, print its result as JSON.
+
+    Exits with 2 for a user's error (one message, no stack trace), 130 after Ctrl-C.
+
+    Args:
+        cls: the verb's configuration; its fields are shown by `--help`.
+        run: takes the configuration; a mapping that it returns is printed.
+        default_config: a YAML file used where `--config` is not given.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m jobs.{verb}",
+        description=(run.__doc__ or "").split("\n\n")[0],
+        epilog=_fields(cls),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", default=default_config, help="YAML file (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings over the file's")
+    parsed = parser.parse_intermixed_args(arguments)
+    quiet_libraries()
+    try:
+        result = run(load(cls, parsed.config, parsed.overrides))
+    except OTRayError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    if result is not None:
+        print(json.dumps(result, indent=2, default=str))
+
+
+def config_file(name: str) -> str:
+    """Path of one of the YAML files beside the verbs."""
+    return str(Path(__file__).parent / "configs" / name)
+
+
+def quiet_libraries() -> None:
+    """Keep other libraries' notices out of the way of our own messages; their errors still show."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+
+
+def _fields(cls: type[Config], prefix: str = "") -> str:
+    lines = []
+    for name, field in cls.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Config):
+            lines.append(_fields(inner, f"{prefix}{name}."))
+            continue
+        default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
+        lines.append(f"  {prefix}{name}  ({default})\n      {' '.join((field.description or '').split())}")
+    return "\n".join(lines) if prefix else "settings:\n" + "\n".join(lines)

@@ -1,0 +1,140 @@
+"""From a data source to packed sequences in one call, with an account of what went in.
+
+The parts live in `documents`, `tokens` and `packing`; batches are `batches`' part."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ot_ray.data.documents import DataConfig, read_documents
+from ot_ray.data.examples import Document
+from ot_ray.data.packing import IGNORE, PackedSequence, pack
+from ot_ray.data.tokens import TokenSpan, tokenize
+from ot_ray.errors import ConfigError, DataError
+from ot_ray.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+QUIET_SECONDS = 1.0
+"""Reading shows its progress when it takes longer than this."""
+
+NOTHING_SAID = "nothing to learn"
+CUT_AWAY = "all that is learnt lies beyond the length"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What became of a source."""
+
+    documents: int
+    """Documents read, those dropped included."""
+
+    tokens: int
+    """Tokens in the sequences, without padding."""
+
+    learnable_tokens: int
+    """Tokens that enter the loss."""
+
+    cut_tokens: int
+    """Tokens beyond the length, in prompts, completions and chats that were kept."""
+
+    dropped: dict[str, int]
+    """Documents dropped, by reason."""
+
+
+@dataclass(frozen=True)
+class PackedDataset:
+    """Packed sequences and where they come from."""
+
+    sequences: list[PackedSequence]
+    counts: Counts
+    digest: str
+    """sha256 over the sequences: equal for equal content, tokenizer, order and length."""
+
+
+def load_sequences(config: DataConfig, tokenizer: PreTrainedTokenizerBase, length: int) -> PackedDataset:
+    """Read, tokenise and pack a source into sequences of `length` tokens.
+
+    Raises:
+        ConfigError: `length` is below 2, or more than the tokenizer's model takes.
+        DataError: the source is missing or malformed, or leaves nothing to learn.
+        MissingDependencyError: the source needs the `eval` extra.
+    """
+    if length > tokenizer.model_max_length:
+        raise ConfigError(
+            f"length is {length}, but the tokenizer's model takes {tokenizer.model_max_length} tokens; "
+            f"use 2..{tokenizer.model_max_length}"
+        )
+    intake = _Intake(tokenizer, length)
+    sequences = pack(intake.spans(_shown(read_documents(config))), length, _pad_id(tokenizer))
+    if not sequences:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in intake.dropped.items())
+        raise DataError(
+            f"{config.source}: nothing is left of {intake.documents} documents ({reasons or 'too short'}); "
+            f"raise the length ({length} tokens) or check the data"
+        )
+    counts = Counts(
+        documents=intake.documents,
+        tokens=sum(int(sequence.real.sum()) for sequence in sequences),
+        learnable_tokens=sum(int((sequence.labels != IGNORE).sum()) for sequence in sequences),
+        cut_tokens=intake.cut_tokens,
+        dropped=intake.dropped,
+    )
+    return PackedDataset(sequences, counts, _digest(sequences))
+
+
+class _Intake:
+    """Tokenises documents as they come and keeps count of what is lost."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+        self._tokenizer, self._length = tokenizer, length
+        self.documents, self.cut_tokens = 0, 0
+        self.dropped: dict[str, int] = {}
+
+    def spans(self, documents: Iterable[Document]) -> Iterator[TokenSpan]:
+        for document in documents:
+            self.documents += 1
+            span = tokenize(document, self._tokenizer, self._length)
+            # The first token of a document has nothing before it to be predicted from.
+            if any(span.learn[1:]):
+                self.cut_tokens += span.cut
+                yield span
+            else:
+                reason = CUT_AWAY if span.cut else NOTHING_SAID
+                self.dropped[reason] = self.dropped.get(reason, 0) + 1
+
+
+def _shown(documents: Iterable[Document]) -> Iterator[Document]:
+    """Pass documents on, under a progress bar from the moment the wait gets noticeable."""
+    start, bar = time.monotonic(), None
+    with ExitStack() as stack:
+        for count, document in enumerate(documents, 1):
+            yield document
+            if bar is not None:
+                bar.advance()
+            elif time.monotonic() - start > QUIET_SECONDS:
+                bar = stack.enter_context(Progress("reading", None, "document"))
+                bar.advance(count)
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    # Padding is never learnt nor attended to by documents, so any known token serves.
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(token, int):
+            return token
+    return 0
+
+
+def _digest(sequences: Iterable[PackedSequence]) -> str:
+    digest = hashlib.sha256()
+    for sequence in sequences:
+        digest.update(str(len(sequence.input_ids)).encode())
+        for tensor in (sequence.input_ids, sequence.position_ids, sequence.labels, sequence.real):
+            digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()

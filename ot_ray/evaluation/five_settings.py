@@ -1,0 +1,118 @@
+"""The report that every evaluation of offsite tuning makes: five settings, and the two numbers that
+say whether the bargain holds. How each perplexity is computed is perplexity.py's."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ot_ray.errors import MissingDependencyError
+
+SETTINGS = {
+    "full_zero_shot": "full model, zero-shot",
+    "emulator_zero_shot": "emulator, zero-shot",
+    "ot_emulator": "OT emulator (tuned adapter on the emulator)",
+    "ot_plug_in": "OT plug-in (tuned adapter in the full model)",
+    "full_fine_tuned": "full fine-tuning (FT)",
+}
+
+
+@dataclass(frozen=True)
+class FiveSettings:
+    """Perplexities on one test split, as in the paper's Table 1."""
+
+    full_zero_shot: float
+    emulator_zero_shot: float
+    full_fine_tuned: float
+    ot_emulator: float
+    ot_plug_in: float
+
+    @property
+    def gap_closed(self) -> float:
+        """Share of the way from zero-shot to full fine-tuning that the plug-in model goes (1 is all of it)."""
+        way = self.full_zero_shot - self.full_fine_tuned
+        return (self.full_zero_shot - self.ot_plug_in) / way if way else float("nan")
+
+    @property
+    def emulator_worse_by(self) -> float:
+        """How much higher the tuned emulator's perplexity is than the plug-in's (0.1 is 10 %): what the
+        customer gains by coming back to the owner, and what keeps the emulator from replacing the model."""
+        return self.ot_emulator / self.ot_plug_in - 1
+
+    def broken_promises(self) -> list[str]:
+        """The inequalities of the paper (section 2.2) that do not hold; empty when all is well."""
+        wanted = [
+            (self.full_zero_shot > self.ot_plug_in, "the plug-in is no better than the untuned full model"),
+            (self.ot_emulator > self.ot_plug_in, "the tuned emulator is no worse than the plug-in"),
+            (self.emulator_zero_shot > self.full_zero_shot, "the emulator is no worse than the full model"),
+        ]
+        return [text for holds, text in wanted if not holds]
+
+    def table(self) -> str:
+        """A text table for a terminal."""
+        width = max(map(len, SETTINGS.values()))
+        lines = [f"{'setting':<{width}}  perplexity", f"{'-' * width}  ----------"]
+        lines += [f"{label:<{width}}  {getattr(self, name):>10.2f}" for name, label in SETTINGS.items()]
+        lines += [
+            "",
+            f"plug-in closes {self.gap_closed:.0%} of the gap from zero-shot to full fine-tuning; "
+            f"the tuned emulator is {self.emulator_worse_by:.1%} worse than the plug-in",
+        ]
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, float]:
+        """All figures by name, the two derived ones included."""
+        return {**asdict(self), "gap_closed": self.gap_closed, "emulator_worse_by": self.emulator_worse_by}
+
+    def write(self, folder: str | Path, title: str) -> dict[str, str]:
+        """Write `five_settings.json` and `five_settings.png` into a folder.
+
+        Returns:
+            The paths, by kind.
+
+        Raises:
+            MissingDependencyError: matplotlib is not installed.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        numbers, picture = folder / "five_settings.json", folder / "five_settings.png"
+        partial = numbers.with_suffix(".partial")
+        partial.write_text(json.dumps({"title": title, **self.as_dict()}, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, numbers)
+        draw(self, title, picture)
+        return {"json": str(numbers), "chart": str(picture)}
+
+
+def draw(report: FiveSettings, title: str, path: str | Path) -> None:
+    """Draw the five perplexities as horizontal bars into a PNG file.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingDependencyError("the chart needs matplotlib; pip install 'ot_ray[eval]'") from None
+    colours = ["#9aa5b1", "#c9b18f", "#d98e32", "#1f77b4", "#4a4a4a"]
+    values = [getattr(report, name) for name in SETTINGS]
+    figure = Figure(figsize=(8.5, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    bars = axes.barh(list(SETTINGS.values()), values, color=colours, height=0.62)
+    axes.bar_label(bars, labels=[f"{value:.2f}" for value in values], padding=4, fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(values) * 1.12)
+    axes.set_xlabel("perplexity on the customer's test split (lower is better)")
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(axis="y", length=0, labelsize=9)
+    figure.text(
+        0.995,
+        0.01,
+        f"plug-in closes {report.gap_closed:.0%} of the gap; tuned emulator {report.emulator_worse_by:.1%} worse",
+        ha="right",
+        fontsize=8,
+        color="#555555",
+    )
+    figure.savefig(path, dpi=140)

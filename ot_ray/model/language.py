@@ -1,0 +1,41 @@
+"""A causal language model as the training loop wants it: packed batch in, loss out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from ot_ray.model.distill import next_token_loss
+from ot_ray.model.isolation import isolated_documents
+
+
+@dataclass
+class LanguageOutput:
+    """`loss`: mean cross-entropy over the tokens that are learnt, float32."""
+
+    loss: torch.Tensor
+
+
+class LanguageModel(nn.Module):
+    """Wraps a full, emulated, plug-in or PEFT model. Letters: B batch, T positions."""
+
+    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+        super().__init__()
+        # PEFT puts its layers into the base model; its own wrapper would pass by the model's hooks.
+        self.model: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[assignment]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        real: torch.Tensor | None = None,
+    ) -> LanguageOutput:
+        """All int64 [B, T] (`real` bool), as the packer makes them; labels are not shifted."""
+        with isolated_documents(self.model):
+            output = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        return LanguageOutput(next_token_loss(output.logits, labels))

@@ -1,0 +1,56 @@
+"""How a training run steps: sizes, rates, precision, sharding, and when it saves and looks."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from ot_ray.config import Config
+
+
+class TrainingConfig(Config):
+    """One optimiser run; used for distilling, tuning and pre-training alike."""
+
+    steps: int = Field(ge=1)
+    """Optimiser steps."""
+    batch_size: int = Field(16, ge=1)
+    """Sequences an optimiser step, over all workers together."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Sequences one worker passes through the model at a time; unset, its whole share of the batch."""
+    lr: float = Field(1e-4, gt=0)
+    """Highest learning rate, reached at the end of the warm-up."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay after the warm-up."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the rate rises linearly from 0."""
+    final_lr_share: float = Field(0.0, ge=0, le=1)
+    """The rate at the last step, as a share of `lr`."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decay, on matrices only."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's averaging factors."""
+    grad_clip: float = Field(1.0, ge=0)
+    """Largest global norm of the gradients; 0 leaves them as they are."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of matrix products. Weights that learn keep a float32 master copy in either case."""
+    zero_stage: int = Field(0, ge=0, le=3)
+    """DeepSpeed ZeRO: 0 replicates, 1 shards optimiser state, 2 gradients too, 3 weights too."""
+    seed: int = Field(0, ge=0)
+    """Decides data order and dropout."""
+    checkpoint_every: int = Field(0, ge=0)
+    """Steps between checkpoints; 0 takes none."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """How many of the latest checkpoints are kept."""
+    evaluate_every: int = Field(0, ge=0)
+    """Steps between looks at the validation split; 0 looks at the end only."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainingConfig:
+        if self.warmup_steps > self.steps:
+            raise ValueError(
+                f"warmup_steps is {self.warmup_steps}, but there are {self.steps} steps; use at most that many"
+            )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas is {self.betas}; each must be at least 0 and below 1")
+        return self

@@ -1,0 +1,146 @@
+"""What the loop needs of an engine, and the plain PyTorch one that runs on a customer's machine.
+
+Sharding over several workers is deepspeed_engine.py's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from ot_ray.errors import TrainingError
+from ot_ray.training.config import TrainingConfig
+
+Batch = Mapping[str, torch.Tensor]
+
+
+class Engine(Protocol):
+    """A model with its optimiser. The model's output has scalar fields, `loss` among them."""
+
+    rank: int
+    world_size: int
+    module: nn.Module
+    device: torch.device
+
+    def step(self, micro_batches: Sequence[Batch], lr: float) -> dict[str, float]:
+        """One optimiser step on the mean loss of this rank's micro-batches and of all ranks.
+
+        Returns:
+            Every scalar of the model's output, averaged over micro-batches and ranks, and `grad_norm`
+            before clipping.
+        """
+        ...
+
+    def mean(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Average numbers over the ranks."""
+        ...
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's part of the trainable weights and optimiser state into a folder."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Read back what all ranks saved."""
+        ...
+
+    def trainable_state(self) -> dict[str, torch.Tensor]:
+        """The trainable weights, whole, on the CPU; on rank 0 (other ranks get an empty mapping)."""
+        ...
+
+
+def scalars(output: object) -> dict[str, torch.Tensor]:
+    """The scalar fields of a model's output, by name."""
+    fields = vars(output).items()
+    return {name: value for name, value in fields if isinstance(value, torch.Tensor) and value.numel() == 1}
+
+
+def parameter_groups(module: nn.Module, config: TrainingConfig) -> list[dict]:
+    """Trainable parameters for the optimiser; weight decay on matrices only.
+
+    Raises:
+        TrainingError: nothing is trainable.
+    """
+    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not learning:
+        raise TrainingError("no parameter of the model has gradients; choose a tuning method or emulator layers")
+    groups = [
+        {"params": [p for p in learning if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in learning if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def mean_of(outputs: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, float]:
+    """Average scalars of several micro-batches."""
+    return {name: sum(float(output[name]) for output in outputs) / len(outputs) for name in outputs[0]}
+
+
+class TorchEngine:
+    """One process, one device, torch AdamW. Weights that learn are float32; bfloat16 is autocast.
+
+    Args:
+        module: takes a batch as keyword arguments; moved to the device.
+        device: unset, the first GPU if there is one.
+    """
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self, module: nn.Module, config: TrainingConfig, device: str | None = None) -> None:
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.module = module.to(self.device)
+        self._config = config
+        self._optimizer = torch.optim.AdamW(parameter_groups(module, config), lr=config.lr, betas=config.betas)
+
+    def step(self, micro_batches: Sequence[Batch], lr: float) -> dict[str, float]:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        outputs = []
+        for batch in micro_batches:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self._config.precision == "bfloat16"):
+                output = self.module(**{name: tensor.to(self.device) for name, tensor in batch.items()})
+            (output.loss / len(micro_batches)).backward()
+            outputs.append({name: value.detach() for name, value in scalars(output).items()})
+        norm = torch.nn.utils.clip_grad_norm_(self._learning(), self._config.grad_clip or float("inf"))
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return {**mean_of(outputs), "grad_norm": float(norm)}
+
+    def mean(self, values: Mapping[str, float]) -> dict[str, float]:
+        return dict(values)
+
+    def barrier(self) -> None:
+        return None
+
+    def save(self, folder: Path) -> None:
+        state = {"weights": self._named(), "optimizer": self._optimizer.state_dict()}
+        torch.save(state, folder / "engine.pt")
+
+    def load(self, folder: Path) -> None:
+        state = torch.load(folder / "engine.pt", map_location=self.device, weights_only=True)
+        ours = self._named()
+        if state["weights"].keys() != ours.keys():
+            raise TrainingError(
+                f"the checkpoint in {folder} holds {len(state['weights'])} trainable tensors, the model has "
+                f"{len(ours)} or other names; resume with the configuration that wrote it"
+            )
+        with torch.no_grad():
+            for name, tensor in state["weights"].items():
+                ours[name].copy_(tensor)
+        self._optimizer.load_state_dict(state["optimizer"])
+
+    def trainable_state(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.detach().cpu().clone() for name, tensor in self._named().items()}
+
+    def _learning(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+    def _named(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
