@@ -37,16 +37,16 @@ class DataConfig(Config):
     format: Literal["auto", "text", "jsonl", "parquet", "hub"] = "auto"
     """How the files are read; `auto` goes by each file's suffix."""
 
-    split: str = Field("train", min_length=1)
+    split: str = Field(default="train", min_length=1)
     """The split of a Hugging Face dataset."""
 
-    text_field: str = Field("text", min_length=1)
+    text_field: str = Field(default="text", min_length=1)
     """The key or column that holds the text of plain-text rows."""
 
-    document_separator: str | None = Field(None, min_length=1)
+    document_separator: str | None = Field(default=None, min_length=1)
     """What divides a text file into documents; without it, one file is one document."""
 
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(default=None, ge=1)
     """The most documents to read; without it, all."""
 
     @model_validator(mode="after")

@@ -31,9 +31,9 @@ def mean_loss(model: PreTrainedModel, sequences: Sequence[PackedSequence], batch
     with torch.inference_mode(), isolated_documents(model):
         for start in range(0, len(sequences), batch_size):
             batch = {name: tensor.to(device) for name, tensor in collate(sequences[start : start + batch_size]).items()}
-            logits = model(
-                input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
-            ).logits[:, :-1]
+            logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[
+                :, :-1
+            ]
             targets = batch["labels"][:, 1:]
             wanted = targets != -100
             total += F.cross_entropy(logits[wanted].float(), targets[wanted], reduction="sum").item()

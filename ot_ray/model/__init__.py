@@ -1,7 +1,7 @@
 """Splitting, emulating, distilling and plugging in: torch and transformers only; no files, Ray or HTTP."""
 
 from ot_ray.model.distill import DistillLoss, DistillModel, DistillOutput, next_token_loss, normalized_mse
-from ot_ray.model.emulator import uniform_layers
+from ot_ray.model.emulator import load_emulator, uniform_layers
 from ot_ray.model.families import FAMILIES, Family, check_supported, family_of
 from ot_ray.model.isolation import isolated_documents
 from ot_ray.model.language import LanguageModel, LanguageOutput
@@ -35,6 +35,7 @@ __all__ = [
     "emulate",
     "family_of",
     "isolated_documents",
+    "load_emulator",
     "load_model",
     "load_tokenizer",
     "merged_adapter_state",

@@ -7,7 +7,7 @@ Letters: B batch, T positions, D hidden width, V vocabulary."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ot_ray.config import Config
 from ot_ray.errors import SplitError
-from ot_ray.model.families import first_of, layers_of, set_layers
+from ot_ray.model.families import family_of, first_of, layers_of, set_layers
 from ot_ray.model.isolation import isolated_documents
 from ot_ray.model.split import SplitPlan, depth_of, with_layers
 
@@ -168,13 +168,21 @@ class DistillModel(nn.Module):
         loss = self.weights.lm_weight * lm_loss + self.weights.kd_weight * kd_loss
         return DistillOutput(loss, lm_loss.detach(), kd_loss.detach())
 
-    def emulator_state(self) -> dict[str, torch.Tensor]:
-        """The trained tensors of E, named ``<layer of E>.<name>``."""
-        layers = layers_of(self.model)
+    def emulator_state(self, trained: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """The tensors of E, named ``<layer of E>.<name>``.
+
+        Args:
+            trained: this module's trainable parameters by their names in it, where an engine holds them
+                elsewhere; unset, the module's own.
+        """
+        tensors = trained if trained is not None else dict(self.named_parameters())
+        path = f"model.{family_of(self.model).layers}"
         return {
-            f"{place}.{name}": tensor
+            f"{place}.{name[len(prefix) :]}": tensor.detach()
             for place, i in enumerate(self._students)
-            for name, tensor in layers[i].layer.state_dict().items()  # type: ignore[union-attr]
+            for prefix in [f"{path}.{i}.layer."]
+            for name, tensor in tensors.items()
+            if name.startswith(prefix)
         }
 
 

@@ -1,8 +1,17 @@
-"""Which layers of the middle an emulator keeps. Distilling them is in distill.py."""
+"""Which layers of the middle an emulator keeps, and putting distilled weights into them.
+
+Distilling is in distill.py."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
+from transformers import PreTrainedModel
+
 from ot_ray.errors import SplitError
+from ot_ray.model.families import layers_of
+from ot_ray.model.split import SplitPlan
 
 
 def uniform_layers(middle: int, keep: int) -> list[int]:
@@ -22,3 +31,29 @@ def uniform_layers(middle: int, keep: int) -> list[int]:
     if keep == 1:
         return [(middle - 1) // 2]
     return [round(i * (middle - 1) / (keep - 1)) for i in range(keep)]
+
+
+def load_emulator(model: PreTrainedModel, plan: SplitPlan, state: Mapping[str, torch.Tensor]) -> None:
+    """Put distilled weights into the emulator layers of an emulated model, in place.
+
+    Args:
+        state: tensors named ``<layer of E>.<name>``, as `DistillModel.emulator_state` names them.
+
+    Raises:
+        SplitError: a tensor is missing, unknown or of another shape.
+    """
+    layers = layers_of(model)
+    ours = {
+        f"{place}.{name}": parameter
+        for place in range(plan.keep)
+        for name, parameter in layers[plan.bottom + place].named_parameters()
+    }
+    wrong = sorted(ours.keys() ^ state.keys())
+    wrong += sorted(name for name in ours.keys() & state.keys() if ours[name].shape != state[name].shape)
+    if wrong:
+        raise SplitError(
+            f"the emulator's weights do not fit split {plan}: {', '.join(wrong[:5])} missing, unknown or misshaped"
+        )
+    with torch.no_grad():
+        for name, parameter in ours.items():
+            parameter.copy_(state[name])

@@ -27,11 +27,11 @@ class SplitPlan(Config):
     Written `2-8-2` in the paper (section 4.1) and in reports.
     """
 
-    bottom: int = Field(2, ge=0)
+    bottom: int = Field(default=2, ge=0)
     """Adapter layers next to the input."""
     keep: int = Field(ge=1)
     """Layers of the emulator, k; from 1 to the number of middle layers M."""
-    top: int = Field(2, ge=0)
+    top: int = Field(default=2, ge=0)
     """Adapter layers next to the output."""
 
     @model_validator(mode="after")

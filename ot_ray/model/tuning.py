@@ -26,11 +26,11 @@ METHODS: tuple[Method, ...] = ("full", "lora")
 class LoraSettings(Config):
     """Low-rank adaptation of every linear map in the adapter layers (the paper's Table 5: rank 4, alpha 32)."""
 
-    rank: int = Field(4, ge=1)
+    rank: int = Field(default=4, ge=1)
     """Rank r of each update."""
-    alpha: float = Field(32.0, gt=0)
+    alpha: float = Field(default=32.0, gt=0)
     """Scale: the update is multiplied by alpha / rank."""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the input of each update while tuning."""
 
 

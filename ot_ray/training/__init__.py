@@ -3,17 +3,24 @@
 from ot_ray.training.checkpoints import Checkpoints
 from ot_ray.training.config import TrainingConfig
 from ot_ray.training.deepspeed_engine import DeepSpeedEngine
+from ot_ray.training.distillation import DistillConfig, distill, distilled_state, kept_layers
 from ot_ray.training.engine import Engine, TorchEngine
 from ot_ray.training.loop import TrainingResult, train
 from ot_ray.training.schedule import lr_at
+from ot_ray.training.tuning import fit
 
 __all__ = [
     "Checkpoints",
     "DeepSpeedEngine",
+    "DistillConfig",
     "Engine",
     "TorchEngine",
     "TrainingConfig",
     "TrainingResult",
+    "distill",
+    "distilled_state",
+    "fit",
+    "kept_layers",
     "lr_at",
     "train",
 ]

@@ -14,35 +14,35 @@ class TrainingConfig(Config):
 
     steps: int = Field(ge=1)
     """Optimiser steps."""
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(default=16, ge=1)
     """Sequences an optimiser step, over all workers together."""
-    micro_batch_size: int | None = Field(None, ge=1)
+    micro_batch_size: int | None = Field(default=None, ge=1)
     """Sequences one worker passes through the model at a time; unset, its whole share of the batch."""
-    lr: float = Field(1e-4, gt=0)
+    lr: float = Field(default=1e-4, gt=0)
     """Highest learning rate, reached at the end of the warm-up."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the decay after the warm-up."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the rate rises linearly from 0."""
-    final_lr_share: float = Field(0.0, ge=0, le=1)
+    final_lr_share: float = Field(default=0.0, ge=0, le=1)
     """The rate at the last step, as a share of `lr`."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's decay, on matrices only."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's averaging factors."""
-    grad_clip: float = Field(1.0, ge=0)
+    grad_clip: float = Field(default=1.0, ge=0)
     """Largest global norm of the gradients; 0 leaves them as they are."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of matrix products. Weights that learn keep a float32 master copy in either case."""
-    zero_stage: int = Field(0, ge=0, le=3)
+    zero_stage: int = Field(default=0, ge=0, le=3)
     """DeepSpeed ZeRO: 0 replicates, 1 shards optimiser state, 2 gradients too, 3 weights too."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Decides data order and dropout."""
-    checkpoint_every: int = Field(0, ge=0)
+    checkpoint_every: int = Field(default=0, ge=0)
     """Steps between checkpoints; 0 takes none."""
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
     """How many of the latest checkpoints are kept."""
-    evaluate_every: int = Field(0, ge=0)
+    evaluate_every: int = Field(default=0, ge=0)
     """Steps between looks at the validation split; 0 looks at the end only."""
 
     @model_validator(mode="after")

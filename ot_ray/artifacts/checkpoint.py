@@ -1,0 +1,135 @@
+"""The files of a bundle that Transformers reads: weights in two shards, configurations, tokenizer.
+
+They are written without what would tell of the full model or of the machine they come from. The manifest
+and the signature are left to bundle.py."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import save_file
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ot_ray.artifacts.manifest import Dtype, TensorEntry
+from ot_ray.errors import ArtifactError
+from ot_ray.model import SplitPlan, family_of
+
+ADAPTER_WEIGHTS = "adapter.safetensors"
+EMULATOR_WEIGHTS = "emulator.safetensors"
+
+DTYPES: dict[torch.dtype, Dtype] = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+# Where a tokenizer came from on the machine that made it, and code of its own.
+_PRIVATE_TOKENIZER_KEYS = (
+    "_commit_hash",
+    "added_tokens_file",
+    "auto_map",
+    "cache_dir",
+    "is_local",
+    "local_files_only",
+    "merges_file",
+    "name_or_path",
+    "special_tokens_map_file",
+    "token",
+    "tokenizer_file",
+    "vocab_file",
+)
+# Layer numbers of the full model.
+_LAYER_NUMBERS = ("assistant_early_exit", "dola_layers")
+
+T = TypeVar("T", PreTrainedConfig, GenerationConfig)
+
+
+def layer_prefixes(model_type_layers: str, plan: SplitPlan) -> tuple[str, ...]:
+    """What the names of adapter tensors start with, given the path of the layer list."""
+    return tuple(f"{model_type_layers}.{position}." for position in plan.adapter_positions(plan.depth))
+
+
+def write_weights(folder: Path, model: PreTrainedModel, plan: SplitPlan) -> tuple[TensorEntry, ...]:
+    """Write both shards and the index that joins them; a head tied to the embeddings is stored once.
+
+    Returns:
+        The adapter's tensors, sorted by name.
+
+    Raises:
+        ArtifactError: a tensor is of a dtype that bundles don't hold.
+    """
+    prefixes = layer_prefixes(family_of(model).layers, plan)
+    state = _stored_tensors(model)
+    shards = {
+        ADAPTER_WEIGHTS: {name: tensor for name, tensor in state.items() if name.startswith(prefixes)},
+        EMULATOR_WEIGHTS: {name: tensor for name, tensor in state.items() if not name.startswith(prefixes)},
+    }
+    for file, tensors in shards.items():
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    index = {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in state.values())},
+        "weight_map": {name: file for file, tensors in shards.items() for name in sorted(tensors)},
+    }
+    _write_json(folder / "model.safetensors.index.json", index)
+    adapter = shards[ADAPTER_WEIGHTS]
+    return tuple(
+        TensorEntry(name=name, shape=tuple(adapter[name].shape), dtype=DTYPES[adapter[name].dtype])
+        for name in sorted(adapter)
+    )
+
+
+def write_configs(folder: Path, model: PreTrainedModel) -> None:
+    """Write `config.json` and `generation_config.json` with the architecture's own fields and no others."""
+    config = _own_fields(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = model.dtype
+    if hasattr(config, "max_window_layers"):
+        # A layer number of the full model; `layer_types` decides, so the value that follows from it tells nothing.
+        types = list(config.layer_types)
+        config.max_window_layers = types.index("sliding_attention") if "sliding_attention" in types else len(types)
+    config.to_json_file(folder / "config.json")
+    if model.generation_config is not None:
+        generation = _own_fields(model.generation_config)
+        for name in _LAYER_NUMBERS:
+            if hasattr(generation, name):
+                setattr(generation, name, None)
+        generation.to_json_file(folder / "generation_config.json")
+
+
+def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a tokenizer without the paths of the machine that it was read on."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    _write_json(path, {key: value for key, value in values.items() if key not in _PRIVATE_TOKENIZER_KEYS})
+
+
+def _stored_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    stored: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        if tensor.dtype not in DTYPES:
+            raise ArtifactError(
+                f"tensor {name} is of {tensor.dtype}; convert the model to one of "
+                f"{', '.join(str(dtype) for dtype in DTYPES)}"
+            )
+        if tensor.data_ptr() not in seen:
+            stored[name] = tensor.contiguous()
+        elif not tied:
+            stored[name] = tensor.clone()
+        seen.add(tensor.data_ptr())
+    return stored
+
+
+def _own_fields(config: T) -> T:
+    """A copy without fields that its class does not know, which may say anything."""
+    clean = copy.deepcopy(config)
+    known = vars(type(config)())
+    for name in [name for name in vars(clean) if name not in known]:
+        delattr(clean, name)
+    return clean
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

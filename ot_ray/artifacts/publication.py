@@ -1,0 +1,87 @@
+"""Bundles in a store: published once under a version, fetched verified.
+
+What a bundle is, and whether to trust it, is left to bundle.py."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ot_ray.artifacts.bundle import Bundle, open_bundle
+from ot_ray.artifacts.folder import staged_folder
+from ot_ray.artifacts.manifest import MANIFEST, NAME_PATTERN, SIGNATURE, BundleManifest
+from ot_ray.artifacts.strict_json import parse_json
+from ot_ray.errors import AlreadyExistsError, ArtifactError, NotFoundError
+from ot_ray.store import Store, upload_folder
+
+_NAME = re.compile(NAME_PATTERN)
+
+
+def publish_bundle(store: Store, folder: str | Path) -> str:
+    """Upload a bundle; it becomes visible, once and for all, when its manifest is there.
+
+    Returns:
+        The prefix under which it lies, `bundles/<model>/<version>`.
+
+    Raises:
+        ArtifactError: the folder is no valid bundle.
+        AlreadyExistsError: this version is published.
+    """
+    manifest = open_bundle(folder).manifest
+    prefix = _prefix(manifest.model, manifest.version)
+    try:
+        upload_folder(store, folder, prefix, last=MANIFEST)
+    except AlreadyExistsError as error:
+        raise AlreadyExistsError(
+            f"version {manifest.version} of {manifest.model} is already published in {store.url}, and a "
+            "published version never changes; choose another version"
+        ) from error
+    return prefix
+
+
+def fetch_bundle(store: Store, model: str, version: str, folder: str | Path, public_key: Path | None = None) -> Bundle:
+    """Download a bundle and verify it; the folder appears only if every file is as it was published.
+
+    Raises:
+        NotFoundError: no such version is published; names those that are.
+        AlreadyExistsError: the folder is there and not empty.
+        ArtifactError, SignatureError: as `open_bundle`.
+    """
+    folder, prefix = Path(folder), _prefix(model, version)
+    try:
+        text = store.read(f"{prefix}/{MANIFEST}")
+    except NotFoundError as error:
+        versions = ", ".join(list_versions(store, model)) or "none"
+        raise NotFoundError(
+            f"version {version} of {model} is not published in {store.url}; published versions: {versions}"
+        ) from error
+    manifest = parse_json(BundleManifest, text, f"{prefix}/{MANIFEST}")
+    with staged_folder(folder) as staging:
+        for name, entry in manifest.files.items():
+            store.download(f"{prefix}/{name}", staging / name, sha256=entry.sha256)
+        if manifest.signing_key_id:
+            store.download(f"{prefix}/{SIGNATURE}", staging / SIGNATURE)
+        (staging / MANIFEST).write_bytes(text)
+        open_bundle(staging, public_key)
+    return Bundle(folder, manifest)
+
+
+def list_versions(store: Store, model: str) -> list[str]:
+    """The published versions of a model, in natural order: `1.9` stands before `1.10`."""
+    prefix = f"bundles/{_checked('model', model)}/"
+    ends = (key.removeprefix(prefix).split("/") for key in store.list(prefix.rstrip("/")))
+    return sorted((end[0] for end in ends if end[1:] == [MANIFEST]), key=_natural)
+
+
+def _prefix(model: str, version: str) -> str:
+    return f"bundles/{_checked('model', model)}/{_checked('version', version)}"
+
+
+def _checked(field: str, name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise ArtifactError(f"{field} is {name[:80]!r}, which is no name; use {NAME_PATTERN}")
+    return name
+
+
+def _natural(version: str) -> list[str | int]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", version)]

@@ -1,0 +1,200 @@
+"""Promoted plug-ins in a store: adapters that never change, and a journal of which one is current.
+
+Building a model from an adapter is left to the caller; journals are in journal.py."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+from pydantic import AwareDatetime, Field
+from safetensors.torch import load_file, save_file
+
+from ot_ray.artifacts.folder import describe_files
+from ot_ray.artifacts.journal import Journal
+from ot_ray.artifacts.manifest import NAME_PATTERN, BundleId, Sha256, now, to_text
+from ot_ray.artifacts.strict_json import parse_json
+from ot_ray.config import Config
+from ot_ray.errors import AlreadyExistsError, ArtifactError, NotFoundError
+from ot_ray.model import SplitPlan
+from ot_ray.store import Store
+
+_ROOT, _RECORD, _WEIGHTS = "plug_ins", "record.json", "adapter.safetensors"
+_MODEL_ID = re.compile(rf"ft:({NAME_PATTERN}):({NAME_PATTERN}):({NAME_PATTERN}):([0-9a-f]{{12}})")
+
+
+class ModelId(NamedTuple):
+    """The parts of ``ft:<model>:<tenant>:<suffix>:<id>``."""
+
+    model: str
+    tenant: str
+    suffix: str
+    id: str
+
+    def __str__(self) -> str:
+        return f"ft:{self.model}:{self.tenant}:{self.suffix}:{self.id}"
+
+
+def parse_model_id(text: str) -> ModelId:
+    """Take a plug-in model's id apart.
+
+    Raises:
+        ArtifactError: it is not exactly ``ft:<model>:<tenant>:<suffix>:<12 hexadecimal digits>``.
+    """
+    match = _MODEL_ID.fullmatch(text)
+    if match is None:
+        raise ArtifactError(
+            f"model id is {text[:200]!r}; it must be ft:<model>:<tenant>:<suffix>:<id>, each of the first three "
+            f"{NAME_PATTERN} and the id 12 hexadecimal digits"
+        )
+    return ModelId(*match.groups())
+
+
+class PlugInRecord(Config):
+    """One plug-in: `record.json`, written after its tensors."""
+
+    schema_version: Literal[1] = 1
+    """Format of this document."""
+    model_id: Annotated[str, Field(pattern=f"^{_MODEL_ID.pattern}$")]
+    """``ft:<model>:<tenant>:<suffix>:<id>``; the id is the start of `sha256`."""
+    bundle_id: BundleId
+    """The bundle that was tuned."""
+    plan: SplitPlan
+    """The split; tensors are named by position in the bundle."""
+    sha256: Sha256
+    """Hash of adapter.safetensors."""
+    report: dict[str, float]
+    """The owner's evaluation, number by name."""
+    created: AwareDatetime
+    """When it was added, UTC."""
+
+
+class Registry:
+    """Plug-ins of all tenants, under `plug_ins/<model>/<tenant>/<suffix>/` of a store.
+
+    Each suffix has versions, of which at most one is current. Adding a version does not promote it.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def add(
+        self,
+        model: str,
+        tenant: str,
+        suffix: str,
+        state: Mapping[str, torch.Tensor],
+        *,
+        bundle_id: str,
+        plan: SplitPlan,
+        report: Mapping[str, float],
+    ) -> PlugInRecord:
+        """Store a tuned adapter. The id follows from its bytes, so adding the same one again returns its record.
+
+        Args:
+            state: plain tensors, as `plain_state` gives them.
+
+        Raises:
+            ArtifactError: a name or figure does not fit the record.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, _WEIGHTS)
+            save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, path)
+            sha256 = describe_files(Path(folder), [_WEIGHTS])[_WEIGHTS].sha256
+            parts = parse_model_id(str(ModelId(model, tenant, suffix, sha256[:12])))
+            record = PlugInRecord(
+                model_id=str(parts), bundle_id=bundle_id, plan=plan, sha256=sha256, report=dict(report), created=now()
+            )
+            # A known id keeps its file: it may be serving.
+            if not self._store.exists(_key(parts, _RECORD)):
+                self._store.upload(path, _key(parts, _WEIGHTS))
+        try:
+            self._store.create(_key(parts, _RECORD), to_text(record))
+        except AlreadyExistsError:
+            return self.get(record.model_id)
+        return record
+
+    def get(self, model_id: str) -> PlugInRecord:
+        """The record of a plug-in, promoted or not.
+
+        Raises:
+            NotFoundError: no such plug-in.
+            ArtifactError: the id or the stored record is malformed.
+        """
+        parts = parse_model_id(model_id)
+        try:
+            data = self._store.read(_key(parts, _RECORD))
+        except NotFoundError as error:
+            raise NotFoundError(f"there is no plug-in {model_id}; list the current ones, or add it first") from error
+        record = parse_json(PlugInRecord, data, _key(parts, _RECORD))
+        if record.model_id != model_id:
+            raise ArtifactError(f"{_key(parts, _RECORD)}: model_id is {record.model_id}; restore it from a backup")
+        return record
+
+    def load_state(self, model_id: str) -> dict[str, torch.Tensor]:
+        """The tensors of a plug-in, verified, as `plug_in` takes them.
+
+        Raises:
+            NotFoundError: no such plug-in.
+            StoreError: the stored bytes are not those that were added.
+        """
+        record = self.get(model_id)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, _WEIGHTS)
+            self._store.download(_key(parse_model_id(model_id), _WEIGHTS), path, sha256=record.sha256)
+            # Copies, because loaded tensors may be views of the file.
+            return {name: tensor.clone() for name, tensor in load_file(path).items()}
+
+    def promote(self, model_id: str) -> None:
+        """Make a plug-in the current one of its suffix; promoting the current one changes nothing.
+
+        Raises:
+            NotFoundError: no such plug-in.
+        """
+        self.get(model_id)
+        self._journal(parse_model_id(model_id)).promote(model_id)
+
+    def withdraw(self, model: str, tenant: str, suffix: str) -> str:
+        """Take the current plug-in out of service, with nothing in its place.
+
+        Returns:
+            The id of what was withdrawn.
+
+        Raises:
+            NotFoundError: nothing is current.
+        """
+        return self._journal(_checked(model, tenant, suffix)).withdraw()
+
+    def rollback(self, model: str, tenant: str, suffix: str) -> PlugInRecord:
+        """Promote the version that was current before the current (or the withdrawn) one.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        return self.get(self._journal(_checked(model, tenant, suffix)).rollback())
+
+    def current(self) -> list[PlugInRecord]:
+        """The current plug-in of every suffix that has one, sorted by id."""
+        folders = (key.rpartition("/")[0] for key in self._store.list(_ROOT))
+        places = sorted({place for place in folders if place.endswith("/journal") and place.count("/") == 4})
+        ids = (Journal(self._store, place).current() for place in places)
+        return [self.get(model_id) for model_id in sorted(filter(None, ids))]
+
+    def _journal(self, parts: ModelId) -> Journal:
+        return Journal(self._store, f"{_place(parts)}/journal")
+
+
+def _checked(model: str, tenant: str, suffix: str) -> ModelId:
+    return parse_model_id(str(ModelId(model, tenant, suffix, "0" * 12)))
+
+
+def _place(parts: ModelId) -> str:
+    return f"{_ROOT}/{parts.model}/{parts.tenant}/{parts.suffix}"
+
+
+def _key(parts: ModelId, name: str) -> str:
+    return f"{_place(parts)}/{parts.id}/{name}"

@@ -1,0 +1,7 @@
+"""The only room of the library that imports Ray: clusters, worker groups, job launchers."""
+
+from ot_ray.launch.cluster import ray_cluster
+from ot_ray.launch.jobs import JobLauncher, JobSpec, RayJobLauncher, wait_for_job
+from ot_ray.launch.workers import WorkerGroup, run_workers
+
+__all__ = ["JobLauncher", "JobSpec", "RayJobLauncher", "WorkerGroup", "ray_cluster", "run_workers", "wait_for_job"]
