@@ -42,10 +42,14 @@ def run_command(
     )
     parser.add_argument("--config", default=default_config, help="YAML file (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings over the file's")
+    switches = [name for name, field in cls.model_fields.items() if field.annotation is bool]
+    for name in switches:
+        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=f"the same as {name}=true")
     parsed = parser.parse_intermixed_args(arguments)
+    overrides = [*parsed.overrides, *(f"{name}=true" for name in switches if getattr(parsed, name))]
     quiet_libraries()
     try:
-        result = run(load(cls, parsed.config, parsed.overrides))
+        result = run(load(cls, parsed.config, overrides))
     except OTRayError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

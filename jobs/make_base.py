@@ -30,17 +30,17 @@ class MakeBaseConfig(Config):
 
     output: str
     """Folder for the model and its tokenizer; checkpoints go to `checkpoints` in it."""
-    packages: list[str] = []
+    packages: tuple[str, ...] = ()
     """Installed packages whose docstrings join those of the standard library."""
     vocabulary: int = 2048
     """Entries of the byte-level BPE tokenizer."""
-    layers: int = 12
+    layers: int = 10
     """Transformer layers."""
-    width: int = 160
+    width: int = 128
     """Hidden size."""
-    heads: int = 5
+    heads: int = 4
     """Attention heads."""
-    mlp_width: int = 576
+    mlp_width: int = 512
     """Inner size of the MLP."""
     positions: int = 512
     """Longest context in tokens."""
@@ -65,7 +65,9 @@ def run(config: MakeBaseConfig) -> dict[str, Any]:
             BatchStream(data.sequences, config.training.batch_size, config.training.seed),
             config.training,
             checkpoints=checkpoints,
-            report=lambda figures: bar.advance(loss=figures["loss"], tokens_per_s=figures["tokens_per_s"]),
+            report=lambda figures: bar.at(
+                int(figures["step"]), loss=figures["loss"], tokens_per_s=figures["tokens_per_s"]
+            ),
         )
     model.to(torch.bfloat16).save_pretrained(output)  # type: ignore[arg-type]
     tokenizer.save_pretrained(output)

@@ -27,6 +27,7 @@ class Progress:
         self._interval = 0.1 if sys.stderr.isatty() else line_interval
         self._done, self._start, self._last = 0, time.monotonic(), 0.0
         self._figures = ""
+        self._initial: int | None = None
 
     def __enter__(self) -> Progress:
         return self
@@ -41,7 +42,13 @@ class Progress:
 
     def advance(self, steps: int = 1, **figures: float | str) -> None:
         """Count `steps` more as done and show `figures` (name to value) behind the bar."""
-        self._done += steps
+        self.at(self._done + steps, **figures)
+
+    def at(self, done: int, **figures: float | str) -> None:
+        """Show that `done` steps are done in all; a run that resumes starts in the middle."""
+        if self._initial is None:
+            self._initial = max(0, done - 1)
+        self._done = done
         if figures:
             self._figures = " ".join(
                 f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
@@ -59,6 +66,7 @@ class Progress:
             ncols=110,
             prefix=self._label,
             unit=self._unit,
+            initial=self._initial or 0,
             postfix=self._figures or None,
             ascii=" =",
         )

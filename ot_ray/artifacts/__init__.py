@@ -9,11 +9,13 @@ from ot_ray.artifacts.manifest import AdapterManifest, BundleManifest, FileEntry
 from ot_ray.artifacts.publication import fetch_bundle, list_versions, publish_bundle
 from ot_ray.artifacts.registry import ModelId, PlugInRecord, Registry, parse_model_id
 from ot_ray.artifacts.signature import generate_key, key_id, sign_folder, verify_folder
+from ot_ray.artifacts.source import BundleSource
 
 __all__ = [
     "AdapterManifest",
     "Bundle",
     "BundleManifest",
+    "BundleSource",
     "FileEntry",
     "InspectedAdapter",
     "InspectionLimits",

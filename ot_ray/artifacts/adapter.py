@@ -106,6 +106,10 @@ def _write_full(folder: Path, tuned: PreTrainedModel, bundle: BundleManifest) ->
 
 
 def _write_lora(folder: Path, tuned: PeftModel, bundle: BundleManifest) -> None:
+    if "default" not in tuned.peft_config:
+        raise ArtifactError(
+            f"the model has adapters {', '.join(tuned.peft_config)}, none named default; use prepare_tuning"
+        )
     _refuse_unfit({name: tensor for name, tensor in tuned.named_parameters() if ".lora_" in name})
     config = tuned.peft_config["default"]
     source = config.base_model_name_or_path

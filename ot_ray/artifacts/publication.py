@@ -13,12 +13,16 @@ from ot_ray.artifacts.manifest import MANIFEST, NAME_PATTERN, SIGNATURE, BundleM
 from ot_ray.artifacts.strict_json import parse_json
 from ot_ray.errors import AlreadyExistsError, ArtifactError, NotFoundError
 from ot_ray.store import Store, upload_folder
+from ot_ray.store.base import Advance
 
 _NAME = re.compile(NAME_PATTERN)
 
 
-def publish_bundle(store: Store, folder: str | Path) -> str:
+def publish_bundle(store: Store, folder: str | Path, progress: Advance | None = None) -> str:
     """Upload a bundle; it becomes visible, once and for all, when its manifest is there.
+
+    Args:
+        progress: called with the number of bytes moved since the last call.
 
     Returns:
         The prefix under which it lies, `bundles/<model>/<version>`.
@@ -30,7 +34,7 @@ def publish_bundle(store: Store, folder: str | Path) -> str:
     manifest = open_bundle(folder).manifest
     prefix = _prefix(manifest.model, manifest.version)
     try:
-        upload_folder(store, folder, prefix, last=MANIFEST)
+        upload_folder(store, folder, prefix, last=MANIFEST, progress=progress)
     except AlreadyExistsError as error:
         raise AlreadyExistsError(
             f"version {manifest.version} of {manifest.model} is already published in {store.url}, and a "
@@ -39,8 +43,19 @@ def publish_bundle(store: Store, folder: str | Path) -> str:
     return prefix
 
 
-def fetch_bundle(store: Store, model: str, version: str, folder: str | Path, public_key: Path | None = None) -> Bundle:
+def fetch_bundle(
+    store: Store,
+    model: str,
+    version: str,
+    folder: str | Path,
+    public_key: Path | None = None,
+    progress: Advance | None = None,
+) -> Bundle:
     """Download a bundle and verify it; the folder appears only if every file is as it was published.
+
+    Args:
+        public_key: as in `open_bundle`.
+        progress: called with the number of bytes moved since the last call.
 
     Raises:
         NotFoundError: no such version is published; names those that are.
@@ -58,7 +73,7 @@ def fetch_bundle(store: Store, model: str, version: str, folder: str | Path, pub
     manifest = parse_json(BundleManifest, text, f"{prefix}/{MANIFEST}")
     with staged_folder(folder) as staging:
         for name, entry in manifest.files.items():
-            store.download(f"{prefix}/{name}", staging / name, sha256=entry.sha256)
+            store.download(f"{prefix}/{name}", staging / name, sha256=entry.sha256, progress=progress)
         if manifest.signing_key_id:
             store.download(f"{prefix}/{SIGNATURE}", staging / SIGNATURE)
         (staging / MANIFEST).write_bytes(text)

@@ -102,7 +102,7 @@ def verify_folder(folder: str | Path, public_key: str | Path) -> None:
     # The signature is untrusted bytes under several parsers, each with errors of its own.
     except Exception as error:
         raise SignatureError(
-            f"{SIGNATURE} does not belong to these files and {public_key}: {error or 'the signature is wrong'}; "
+            f"{SIGNATURE} does not belong to these files and {public_key}: {str(error) or 'the signature is wrong'}; "
             "fetch the bundle again, and check the key with the owner"
         ) from error
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-
-import ray
 
 from ot_ray.errors import LaunchError
 
@@ -40,12 +39,14 @@ def ray_cluster(
     Raises:
         LaunchError: Ray could not be reached or started.
     """
-    if ray.is_initialized():
-        yield _address()
-        return
     address = address or os.environ.get("RAY_ADDRESS")
     if address is None:
         _choose_authentication()
+    import ray
+
+    if ray.is_initialized():
+        yield _address()
+        return
     try:
         ray.init(
             address=address or "local",
@@ -65,12 +66,17 @@ def ray_cluster(
 
 
 def _choose_authentication() -> None:
-    # Without this Ray writes a token into the home folder; this one lives as long as the process.
+    # Ray reads its mode when it is imported, so that it is too late once somebody has done so. Without a
+    # choice it would write a token into the home folder; this one lives as long as the process.
+    if "ray" in sys.modules:
+        return
     if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 def _address() -> ClusterAddress:
+    import ray
+
     context = ray.get_runtime_context()
     worker = ray._private.worker.global_worker  # type: ignore[attr-defined]
     url = worker.node.webui_url if worker.node is not None else None

@@ -9,8 +9,6 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ray.job_submission import JobStatus, JobSubmissionClient
-
 from ot_ray.errors import LaunchError
 
 DONE = {"succeeded", "failed", "stopped"}
@@ -59,6 +57,9 @@ class RayJobLauncher:
     """The Ray Jobs API at a dashboard's address."""
 
     def __init__(self, address: str) -> None:
+        # Ray chooses its authentication when imported: after `ray_cluster` has said which.
+        from ray.job_submission import JobSubmissionClient
+
         try:
             self._client = JobSubmissionClient(address)
         except (ConnectionError, RuntimeError) as error:
@@ -96,7 +97,7 @@ class RayJobLauncher:
 
     async def _until_done(self, job_id: str, timeout_s: float) -> None:
         for _ in range(int(timeout_s / 0.2)):
-            if JobStatus(self._client.get_job_status(job_id)).is_terminal():
+            if self.status(job_id) in DONE:
                 return
             await asyncio.sleep(0.2)
         raise LaunchError(

@@ -47,9 +47,7 @@ def run_workers(function: WorkerFunction, payload: dict[str, Any], group: Worker
             tree that a worker raised is raised again as it was.
     """
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(group.start_timeout_s))
-    # Ray Train's own console output repeats what our progress says.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
@@ -66,6 +64,8 @@ def run_workers(function: WorkerFunction, payload: dict[str, Any], group: Worker
             name=run_name,
             storage_path=group.ray_storage,
             failure_config=FailureConfig(max_failures=group.max_failures),
+            # At its usual level Ray Train repeats what our own progress says.
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
     try:

@@ -8,7 +8,6 @@ Letters: B batch, T positions, D hidden width, V vocabulary."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -98,15 +97,6 @@ class _StudentLayer(nn.Module):
         return output
 
 
-@dataclass
-class DistillOutput:
-    """Scalars of one pass, float32. `loss` is the weighted sum that is minimised."""
-
-    loss: torch.Tensor
-    lm_loss: torch.Tensor
-    kd_loss: torch.Tensor
-
-
 class DistillModel(nn.Module):
     """A causal language model with the emulator beside its middle, trained in one forward pass.
 
@@ -151,12 +141,15 @@ class DistillModel(nn.Module):
         labels: torch.Tensor,
         position_ids: torch.Tensor | None = None,
         real: torch.Tensor | None = None,
-    ) -> DistillOutput:
+    ) -> dict[str, torch.Tensor]:
         """One pass of teacher and student.
 
         Args:
             input_ids, labels, position_ids: int64 [B, T], as the packer makes them; labels are not shifted.
             real: bool [B, T], False on padding.
+
+        Returns:
+            Float32 scalars: `loss`, the weighted sum that is minimised, and its parts `lm_loss` and `kd_loss`.
         """
         with isolated_documents(self.model):
             output = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
@@ -166,7 +159,7 @@ class DistillModel(nn.Module):
         lm_loss = next_token_loss(output.logits, labels)
         lanes.start = lanes.teacher = lanes.student = None
         loss = self.weights.lm_weight * lm_loss + self.weights.kd_weight * kd_loss
-        return DistillOutput(loss, lm_loss.detach(), kd_loss.detach())
+        return {"loss": loss, "lm_loss": lm_loss.detach(), "kd_loss": kd_loss.detach()}
 
     def emulator_state(self, trained: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         """The tensors of E, named ``<layer of E>.<name>``.

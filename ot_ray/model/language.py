@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from peft import PeftModel
 from torch import nn
@@ -11,13 +9,6 @@ from transformers import PreTrainedModel
 
 from ot_ray.model.distill import next_token_loss
 from ot_ray.model.isolation import isolated_documents
-
-
-@dataclass
-class LanguageOutput:
-    """`loss`: mean cross-entropy over the tokens that are learnt, float32."""
-
-    loss: torch.Tensor
 
 
 class LanguageModel(nn.Module):
@@ -34,8 +25,12 @@ class LanguageModel(nn.Module):
         labels: torch.Tensor,
         position_ids: torch.Tensor | None = None,
         real: torch.Tensor | None = None,
-    ) -> LanguageOutput:
-        """All int64 [B, T] (`real` bool), as the packer makes them; labels are not shifted."""
+    ) -> dict[str, torch.Tensor]:
+        """All int64 [B, T] (`real` bool), as the packer makes them; labels are not shifted.
+
+        Returns:
+            `loss`, the mean cross-entropy over the tokens that are learnt, a float32 scalar.
+        """
         with isolated_documents(self.model):
             output = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-        return LanguageOutput(next_token_loss(output.logits, labels))
+        return {"loss": next_token_loss(output.logits, labels)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from ot_ray.config import Config
 from ot_ray.errors import ConfigError
 from ot_ray.model.families import check_supported, family_of
+from ot_ray.model.split import SplitPlan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -29,6 +30,17 @@ class ModelConfig(Config):
     """Type of the weights in memory."""
 
 
+def check_fits(config: ModelConfig, plan: SplitPlan) -> None:
+    """Refuse a plan that the model cannot be split by, before any weight is read.
+
+    Raises:
+        ConfigError: there is no model at `config.source`.
+        UnsupportedModelError: its architecture cannot be split.
+        SplitError: the adapters and the emulator do not fit into its layers.
+    """
+    plan.middle(_load_shape(config).num_hidden_layers)
+
+
 def load_model(config: ModelConfig) -> PreTrainedModel:
     """Load a full model, in evaluation mode.
 
@@ -36,15 +48,10 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
         ConfigError: there is no model at `config.source`.
         UnsupportedModelError: its architecture cannot be split.
     """
-    source = _existing(config)
-    try:
-        shape = AutoConfig.from_pretrained(source, revision=config.revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise _unreadable(config, error) from None
-    check_supported(shape.model_type)
+    _load_shape(config)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            source,
+            _existing(config),
             revision=config.revision,
             dtype=DTYPES[config.dtype],
             trust_remote_code=False,
@@ -67,6 +74,15 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(source, revision=config.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _unreadable(config, error) from None
+
+
+def _load_shape(config: ModelConfig) -> Any:
+    try:
+        shape = AutoConfig.from_pretrained(_existing(config), revision=config.revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _unreadable(config, error) from None
+    check_supported(shape.model_type)
+    return shape
 
 
 def _existing(config: ModelConfig) -> str:

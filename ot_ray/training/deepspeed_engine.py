@@ -4,6 +4,8 @@ Workers are started by launch (or torchrun); this module finds the process group
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +17,7 @@ from torch import nn
 
 from ot_ray.errors import MissingDependencyError, TrainingError
 from ot_ray.training.config import TrainingConfig
-from ot_ray.training.engine import Batch, mean_of, parameter_groups, scalars
+from ot_ray.training.engine import Batch, mean_of, parameter_groups
 
 _TAG = "engine"
 
@@ -24,7 +26,7 @@ class DeepSpeedEngine:
     """A module under DeepSpeed. Only its trainable parameters get gradients and optimiser state.
 
     Args:
-        module: takes a batch as keyword arguments and returns an object with a scalar `loss`.
+        module: takes a batch as keyword arguments and returns a mapping of scalars with `loss`.
 
     Raises:
         MissingDependencyError: DeepSpeed is not installed.
@@ -33,14 +35,17 @@ class DeepSpeedEngine:
 
     def __init__(self, module: nn.Module, config: TrainingConfig) -> None:
         deepspeed = _import_deepspeed()
-        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
+        # It prints on standard output that its operators are there.
+        with contextlib.redirect_stdout(io.StringIO()):
+            deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._accumulation = accumulation_steps(config, self.world_size)
         self._config = config
         optimizer = torch.optim.AdamW(parameter_groups(module, config), lr=config.lr, betas=config.betas)
-        self._engine, self._optimizer, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=deepspeed_config(config, self.world_size)
-        )
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._engine, self._optimizer, *_ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=deepspeed_config(config, self.world_size)
+            )
         self.module: nn.Module = self._engine.module
         self.device = torch.device(self._engine.device)
         self._gather = deepspeed.zero.GatheredParameters
@@ -53,9 +58,9 @@ class DeepSpeedEngine:
         outputs = []
         for batch in micro_batches:
             output = self._engine(**{name: tensor.to(self.device) for name, tensor in batch.items()})
-            self._engine.backward(output.loss)
+            self._engine.backward(output["loss"])
             self._engine.step()
-            outputs.append({name: value.detach() for name, value in scalars(output).items()})
+            outputs.append({name: value.detach() for name, value in output.items()})
         norm = self._engine.get_global_grad_norm()
         return {**self.mean(mean_of(outputs)), "grad_norm": float(norm) if norm is not None else float("nan")}
 

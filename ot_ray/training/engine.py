@@ -18,7 +18,7 @@ Batch = Mapping[str, torch.Tensor]
 
 
 class Engine(Protocol):
-    """A model with its optimiser. The model's output has scalar fields, `loss` among them."""
+    """A model with its optimiser. The model returns a mapping of scalars, `loss` among them."""
 
     rank: int
     world_size: int
@@ -29,7 +29,7 @@ class Engine(Protocol):
         """One optimiser step on the mean loss of this rank's micro-batches and of all ranks.
 
         Returns:
-            Every scalar of the model's output, averaged over micro-batches and ranks, and `grad_norm`
+            Every scalar that the model returned, averaged over micro-batches and ranks, and `grad_norm`
             before clipping.
         """
         ...
@@ -53,12 +53,6 @@ class Engine(Protocol):
     def trainable_state(self) -> dict[str, torch.Tensor]:
         """The trainable weights, whole, on the CPU; on rank 0 (other ranks get an empty mapping)."""
         ...
-
-
-def scalars(output: object) -> dict[str, torch.Tensor]:
-    """The scalar fields of a model's output, by name."""
-    fields = vars(output).items()
-    return {name: value for name, value in fields if isinstance(value, torch.Tensor) and value.numel() == 1}
 
 
 def parameter_groups(module: nn.Module, config: TrainingConfig) -> list[dict]:
@@ -86,7 +80,7 @@ class TorchEngine:
     """One process, one device, torch AdamW. Weights that learn are float32; bfloat16 is autocast.
 
     Args:
-        module: takes a batch as keyword arguments; moved to the device.
+        module: takes a batch as keyword arguments, returns a mapping of scalars with `loss`; moved to the device.
         device: unset, the first GPU if there is one.
     """
 
@@ -106,8 +100,8 @@ class TorchEngine:
         for batch in micro_batches:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self._config.precision == "bfloat16"):
                 output = self.module(**{name: tensor.to(self.device) for name, tensor in batch.items()})
-            (output.loss / len(micro_batches)).backward()
-            outputs.append({name: value.detach() for name, value in scalars(output).items()})
+            (output["loss"] / len(micro_batches)).backward()
+            outputs.append({name: value.detach() for name, value in output.items()})
         norm = torch.nn.utils.clip_grad_norm_(self._learning(), self._config.grad_clip or float("inf"))
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import torch
-from tests.fixtures.models import tokens
 
-from ot_ray.model import DistillLoss, DistillModel, SplitPlan, isolated_documents
+from ot_ray.model import (
+    DistillLoss,
+    DistillModel,
+    LanguageModel,
+    SplitPlan,
+    isolated_documents,
+    prepare_tuning,
+)
+from tests.fixtures.models import tokens
 
 
 def _packed(lengths):
@@ -37,3 +44,15 @@ def test_distillation_keeps_documents_apart_too(family_model):
         b = distill.model(input_ids=other, position_ids=positions, use_cache=False).logits
     assert torch.equal(a[:, 5:], b[:, 5:])
     assert not torch.equal(a[:, :5], b[:, :5])
+
+
+def test_a_lora_model_keeps_documents_apart(family_model):
+    tuned = LanguageModel(prepare_tuning(family_model, SplitPlan(bottom=1, keep=4, top=1), "lora"))
+    ids, positions = _packed([5, 7])
+    labels = ids.clone()
+    labels[:, :6] = -100
+    other = ids.clone()
+    other[:, :5] = (other[:, :5] + 1) % 90 + 2
+    with torch.no_grad():
+        losses = [tuned(input_ids=x, labels=labels, position_ids=positions)["loss"] for x in (ids, other)]
+    assert torch.equal(*losses)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from pydantic import ValidationError
-from tests.fixtures.models import tiny_model, tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ot_ray.errors import SplitError, UnsupportedModelError
 from ot_ray.model import SplitPlan, adapter_state, depth_of, emulate, family_of, plug_in, uniform_layers
 from ot_ray.model.families import FAMILIES, check_supported, layers_of
+from tests.fixtures.models import tiny_model, tokens
 
-PLANS = [SplitPlan(bottom=2, keep=1, top=2), SplitPlan(bottom=0, keep=3, top=1), SplitPlan(bottom=1, keep=2, top=0)]
+PLANS = [
+    SplitPlan(bottom=2, keep=1, top=2),
+    SplitPlan(bottom=0, keep=3, top=1),
+    SplitPlan(bottom=1, keep=2, top=0),
+]
 
 
 def _logits(model, ids=None):
@@ -85,13 +89,16 @@ def test_shared_copy_holds_the_same_tensors(family_model):
     assert not {parameter.data_ptr() for parameter in independent.parameters()} & originals
 
 
-@pytest.mark.parametrize(("middle", "keep", "expected"), [
-    (44, 16, [0, 3, 6, 9, 11, 14, 17, 20, 23, 26, 29, 32, 34, 37, 40, 43]),  # GPT2-XL 2-16-2
-    (20, 8, [0, 3, 5, 8, 11, 14, 16, 19]),  # OPT-1.3B 2-8-2
-    (5, 1, [2]),
-    (6, 2, [0, 5]),
-    (4, 4, [0, 1, 2, 3]),
-])
+@pytest.mark.parametrize(
+    ("middle", "keep", "expected"),
+    [
+        (44, 16, [0, 3, 6, 9, 11, 14, 17, 20, 23, 26, 29, 32, 34, 37, 40, 43]),  # GPT2-XL 2-16-2
+        (20, 8, [0, 3, 5, 8, 11, 14, 16, 19]),  # OPT-1.3B 2-8-2
+        (5, 1, [2]),
+        (6, 2, [0, 5]),
+        (4, 4, [0, 1, 2, 3]),
+    ],
+)
 def test_uniform_layers(middle, keep, expected):
     assert uniform_layers(middle, keep) == expected
 

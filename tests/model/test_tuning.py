@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.fixtures.models import tiny_model, tokens
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -19,6 +18,7 @@ from ot_ray.model import (
     trainable_parameters,
 )
 from ot_ray.model.families import layers_of
+from tests.fixtures.models import tiny_model, tokens
 
 PLAN = SplitPlan(bottom=1, keep=2, top=2)
 
@@ -71,7 +71,9 @@ def test_plug_in_of_a_tuned_adapter_equals_tuning_in_place(family_model, method)
     # Plugged into the emulated model itself, the tuned logits come back.
     again = plug_in(_emulated(family_model), PLAN, state)
     torch.testing.assert_close(again(tokens()).logits, before, rtol=1e-4, atol=1e-4)
-    changed = [name for name, tensor in adapter_state(family_model, PLAN).items() if not torch.equal(tensor, state[name])]
+    changed = [
+        name for name, tensor in adapter_state(family_model, PLAN).items() if not torch.equal(tensor, state[name])
+    ]
     assert {name.split(".")[1] for name in changed} == {"0", "3", "4"}
     plugged = plug_in(family_model, PLAN, state)
     assert not torch.allclose(plugged(tokens()).logits, family_model(tokens()).logits)
@@ -82,8 +84,16 @@ def test_unpeft_model_has_the_paper_count_for_opt_1_3b():
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
-        "opt", hidden_size=2048, ffn_dim=8192, num_attention_heads=32, num_hidden_layers=12, vocab_size=128,
-        word_embed_proj_dim=2048, bos_token_id=1, eos_token_id=1, pad_token_id=0,
+        "opt",
+        hidden_size=2048,
+        ffn_dim=8192,
+        num_attention_heads=32,
+        num_hidden_layers=12,
+        vocab_size=128,
+        word_embed_proj_dim=2048,
+        bos_token_id=1,
+        eos_token_id=1,
+        pad_token_id=0,
     )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

@@ -1,0 +1,158 @@
+"""Make an emulator of a full model: split, distil on a group of workers, publish a signed bundle."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from jobs.command import config_file, run_command
+from ot_ray.artifacts import list_versions, publish_bundle, write_bundle
+from ot_ray.data import DataConfig, load_sequences
+from ot_ray.evaluation import perplexity
+from ot_ray.launch import WorkerGroup, ray_cluster, run_workers
+from ot_ray.model import (
+    METHODS,
+    Method,
+    check_fits,
+    depth_of,
+    emulate,
+    load_emulator,
+    load_model,
+    load_tokenizer,
+)
+from ot_ray.progress import Progress
+from ot_ray.store import open_store
+from ot_ray.training import DistillConfig, distill, distilled_state, kept_layers
+
+
+class MakeEmulatorConfig(DistillConfig):
+    """A distillation, the workers it runs on, and the bundle that comes of it."""
+
+    version: str = Field(pattern=r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+    """Version of the bundle; a published version never changes."""
+    validation: DataConfig | None = None
+    """Held-out public text on which the emulator gap is measured; unset, the card states none."""
+    bundles: str | None = None
+    """Folder or address where bundles are published for customers; unset, `store`."""
+    workers: WorkerGroup = WorkerGroup()
+    """Worker processes of the distillation."""
+    address: str | None = None
+    """Ray cluster; unset, the one this runs in, or else a local one."""
+    methods: tuple[Method, ...] = METHODS
+    """Tuning methods that the owner accepts back."""
+    recommended: dict[str, float | int | str | bool] = {}  # noqa: RUF012 - pydantic copies defaults
+    """Hyperparameters recommended to customers."""
+    private_key: str | None = None
+    """PEM file that signs the bundle; unset, it stays unsigned."""
+    expires_days: int | None = Field(default=None, ge=1)
+    """Days until customers' tools refuse the bundle; unset, never."""
+
+
+def run(config: MakeEmulatorConfig) -> dict[str, Any]:
+    """Distil an emulator under Ray Train with DeepSpeed and publish it as a bundle.
+
+    A version that is published already is left as it is, and nothing runs.
+    """
+    store, bundles = open_store(config.store), open_store(config.bundles or config.store)
+    if config.version in list_versions(bundles, config.model.name):
+        return {"published": f"bundles/{config.model.name}/{config.version}", "already": True}
+    check_fits(config.model, config.split)
+    with ray_cluster(config.address):
+        summary = run_workers(distill_on_worker, _for_workers(config), config.workers, config.run)
+    state = distilled_state(store, config.run)
+    model, tokenizer = load_model(config.model), load_tokenizer(config.model)
+    kept = kept_layers(depth_of(model), config.split)
+    emulated = emulate(model, config.split, kept)
+    gap = {}
+    if config.validation is not None:
+        held_out = load_sequences(config.validation, tokenizer, config.sequence_length).sequences
+        gap["full"], gap["dropped"] = perplexity(model, held_out), perplexity(emulated, held_out)
+        load_emulator(emulated, config.split, state)
+        gap["distilled"] = perplexity(emulated, held_out)
+    else:
+        load_emulator(emulated, config.split, state)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "bundle"
+        manifest = write_bundle(
+            folder,
+            emulated,
+            tokenizer,
+            config.split,
+            name=config.model.name,
+            version=config.version,
+            methods=config.methods,
+            recommended=config.recommended,
+            card=_card(config, gap),
+            expires=_expiry(config.expires_days),
+            private_key=Path(config.private_key) if config.private_key else None,
+        )
+        prefix = publish_bundle(bundles, folder)
+    result = {"published": prefix, "bundle_id": manifest.bundle_id, "emulator_gap": gap, **summary}
+    # The owner's own record holds what a bundle must not tell.
+    record = {**result, "depth": depth_of(model), "kept": kept, "config": config.model_dump(mode="json")}
+    store.write(f"records/{config.model.name}/{config.version}.json", json.dumps(record, indent=2).encode())
+    return result
+
+
+def distill_on_worker(payload: dict[str, Any], report: Callable[[Mapping[str, float]], None]) -> dict[str, Any]:
+    """What each worker runs: the distillation, with a progress bar on rank 0."""
+    import os
+
+    from jobs.command import quiet_libraries
+
+    quiet_libraries()
+    config = DistillConfig.model_validate(payload)
+    if os.environ.get("RANK", "0") != "0":
+        return distill(config, report)
+    with Progress("distil", config.training.steps) as bar:
+
+        def show(figures: Mapping[str, float]) -> None:
+            bar.at(
+                int(figures["step"]),
+                lm=figures["lm_loss"],
+                kd=figures["kd_loss"],
+                tokens_per_s=figures["tokens_per_s"],
+            )
+            report(figures)
+
+        return distill(config, show)
+
+
+def _for_workers(config: MakeEmulatorConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json", include=set(DistillConfig.model_fields))
+
+
+def _expiry(days: int | None) -> datetime | None:
+    return datetime.now(timezone.utc) + timedelta(days=days) if days is not None else None
+
+
+def _card(config: MakeEmulatorConfig, gap: Mapping[str, float]) -> str:
+    lines = [
+        f"# {config.model.name}, version {config.version}: a bundle for offsite tuning",
+        "",
+        f"The first {config.split.bottom} and the last {config.split.top} layers are the adapter: tune them. The "
+        f"{config.split.keep} layers between them stand in for the owner's model and stay as they are.",
+        "",
+        f"Tuning methods that are taken back: {', '.join(config.methods)}.",
+    ]
+    if gap:
+        lines += [
+            "",
+            "## Emulator gap",
+            "",
+            "| perplexity on held-out public text | |",
+            "|---|---|",
+            f"| the owner's full model | {gap['full']:.2f} |",
+            f"| this bundle, untuned | {gap['distilled']:.2f} |",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    run_command("make_emulator", MakeEmulatorConfig, run, default_config=config_file("make_emulator.yaml"))

@@ -1,0 +1,88 @@
+"""Take a tuned adapter back: inspect it, plug it into the full model, evaluate, promote."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from jobs.command import config_file, run_command
+from ot_ray.artifacts import BundleSource, InspectionLimits, Registry, inspect_adapter, plain_state
+from ot_ray.config import Config
+from ot_ray.data import DataConfig, load_sequences
+from ot_ray.errors import AdapterRejectedError
+from ot_ray.evaluation import perplexity
+from ot_ray.model import ModelConfig, adapter_state, load_model, load_tokenizer, plug_in
+from ot_ray.store import download_folder, open_store
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+
+
+class PlugInConfig(Config):
+    """An adapter that came back, the model it belongs to, and what it must show to be promoted."""
+
+    model: ModelConfig
+    """The full model."""
+    bundle: BundleSource
+    """The bundle that was tuned."""
+    adapter: str
+    """Folder or `s3://` address of the adapter."""
+    tenant: str = Field(pattern=NAME)
+    """Whose plug-in it becomes."""
+    suffix: str = Field(default="default", pattern=NAME)
+    """The tenant's name for it; a later promotion under the same suffix takes its place."""
+    store: str
+    """Folder or address of the registry of plug-ins."""
+    data: DataConfig | None = None
+    """Text on which the plug-in model is compared with the full one before it is promoted."""
+    sequence_length: int = Field(default=512, ge=2)
+    """Tokens of a sequence of the evaluation."""
+    max_perplexity_ratio: float | None = Field(default=None, gt=0)
+    """The plug-in's perplexity over the full model's must not exceed this; unset, it is only reported."""
+    limits: InspectionLimits = InspectionLimits()
+    """How large an adapter may be."""
+
+
+def run(config: PlugInConfig) -> dict[str, Any]:
+    """Inspect a returned adapter, plug it in, evaluate, and promote it."""
+    with tempfile.TemporaryDirectory() as temporary:
+        bundle = config.bundle.open(Path(temporary) / "bundle")
+        folder = Path(temporary) / "adapter"
+        download_folder(open_store(config.adapter), "", folder)
+        inspected = inspect_adapter(folder, bundle.manifest, config.limits)
+    model = load_model(config.model)
+    plan = bundle.manifest.plan
+    state = plain_state(inspected, adapter_state(model, plan))
+    report: dict[str, float] = {}
+    if config.data is not None:
+        sequences = load_sequences(config.data, load_tokenizer(config.model), config.sequence_length).sequences
+        report["full_perplexity"] = perplexity(model, sequences)
+        report["plug_in_perplexity"] = perplexity(plug_in(model, plan, state), sequences)
+        _check_quality(report, config.max_perplexity_ratio)
+    registry = Registry(open_store(config.store))
+    record = registry.add(
+        config.model.name,
+        config.tenant,
+        config.suffix,
+        state,
+        bundle_id=bundle.manifest.bundle_id,
+        plan=plan,
+        report=report,
+    )
+    registry.promote(record.model_id)
+    return {"model_id": record.model_id, "bundle_id": record.bundle_id, "report": report}
+
+
+def _check_quality(report: dict[str, float], limit: float | None) -> None:
+    ratio = report["plug_in_perplexity"] / report["full_perplexity"]
+    if limit is not None and not ratio <= limit:
+        raise AdapterRejectedError(
+            f"the plug-in model's perplexity is {report['plug_in_perplexity']:.2f}, {ratio:.2f} times the full model's "
+            f"{report['full_perplexity']:.2f}, and max_perplexity_ratio is {limit}; it is not promoted"
+        )
+
+
+if __name__ == "__main__":
+    run_command("plug_in", PlugInConfig, run, default_config=config_file("plug_in.yaml"))

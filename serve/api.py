@@ -1,0 +1,95 @@
+"""The HTTP application: routes by resource, and every error in OpenAI's body.
+
+Knows a `Backend` and nothing of models or Ray, so that it runs the same under any ASGI server."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from ot_ray.errors import OTRayError
+from serve.backend import Backend
+from serve.failures import ApiError, api_error
+from serve.middleware import BodyLimit, RequestId
+from serve.routes import completions, health, models
+
+_log = logging.getLogger(__name__)
+
+
+def create_api(backend: Backend, *, max_body_bytes: int = 4 * 2**20, answer_request_id: bool = True) -> FastAPI:
+    """Build the application.
+
+    Args:
+        max_body_bytes: a larger request body is answered 413.
+        answer_request_id: put `x-request-id` on answers; off where the server in front already does.
+    """
+    api = FastAPI(title="Offsite tuning", docs_url=None, redoc_url=None)
+    api.state.backend = backend
+    for resource in (models, completions, health):
+        api.include_router(resource.router)
+    api.add_exception_handler(RequestValidationError, _on_invalid)
+    api.add_exception_handler(HTTPException, _on_http_error)
+    api.add_exception_handler(OTRayError, _on_error)
+    api.add_middleware(BodyLimit, limit=max_body_bytes)
+    api.add_middleware(RequestId, answer=answer_request_id)
+    return api
+
+
+def _answer(error: ApiError, headers: dict[str, str] | None = None) -> JSONResponse:
+    return JSONResponse(error.body, error.status, {**(headers or {}), **error.headers})
+
+
+async def _on_error(request: Request, error: Exception) -> JSONResponse:
+    told = api_error(error)
+    if told.status == 500:
+        _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return _answer(told)
+
+
+async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    place = f"{request.method} {request.url.path}"
+    headers = dict(error.headers or {})
+    if error.status_code == 404:
+        return _answer(ApiError(f"Unknown request URL: {place}. Please check the URL for typos.", 404, "unknown_url"))
+    if error.status_code == 405:
+        told = ApiError(
+            f"Not allowed to {place}; use {headers.get('Allow', 'another method')}.", 405, "method_not_supported"
+        )
+        return _answer(told, headers)
+    return _answer(ApiError(str(error.detail), error.status_code), headers)
+
+
+async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    return _answer(_explain(error.errors()))
+
+
+def _explain(problems: Sequence[Any]) -> ApiError:
+    """The first problem of an invalid body, in OpenAI's words; unknown arguments are told all at once."""
+    unknown = [_field(item) for item in problems if item["type"] == "extra_forbidden"]
+    if unknown:
+        plural = "s" if len(unknown) > 1 else ""
+        return ApiError(f"Unrecognized request argument{plural} supplied: {', '.join(unknown)}", param=unknown[0])
+    first = problems[0]
+    if first["type"] == "json_invalid":
+        return ApiError("The request body is not valid JSON; send one JSON object.")
+    field = _field(first)
+    if not field:
+        return ApiError("The request body must be a JSON object, sent with content-type: application/json.")
+    if first["type"] == "missing":
+        return ApiError(f"Missing required parameter: '{field}'.", code="missing_required_parameter", param=field)
+    sent = repr(first["input"])
+    shown = sent if len(sent) <= 80 else f"{sent[:77]}..."
+    reason = first["msg"].removeprefix("Value error, ")
+    return ApiError(f"Invalid value for '{field}': {reason} (you sent {shown}).", param=field.split(".")[0])
+
+
+def _field(problem: Any) -> str:
+    return ".".join(str(part) for part in problem["loc"][1:])

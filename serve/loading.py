@@ -1,0 +1,39 @@
+"""From a configuration to an engine that has answered once: base model, tokenizer and registry.
+
+Where the engine runs, in this process or in a Ray actor, is the caller's choice."""
+
+from __future__ import annotations
+
+from ot_ray.artifacts import Registry
+from ot_ray.model.loading import load_model, load_tokenizer
+from ot_ray.store import open_store
+from serve.backend import LocalBackend
+from serve.catalogue import NoPlugIns, RegistryCatalogue
+from serve.config import ServeConfig
+from serve.generation import GenerationEngine
+from serve.residency import PlugInCache
+
+
+def load_backend(config: ServeConfig) -> LocalBackend:
+    """Load the base model, open the registry, and have the model make a token.
+
+    Raises:
+        ConfigError: there is no model at `model.source`, or `store` is no store's URL.
+        UnsupportedModelError: plug-ins do not exist for this architecture.
+    """
+    catalogue = NoPlugIns()
+    if config.store is not None:
+        catalogue = RegistryCatalogue(Registry(open_store(config.store)), config.model.name)
+    base = load_model(config.model)
+    base.requires_grad_(False)
+    cache = PlugInCache(
+        config.model.name,
+        base.to("cuda" if config.num_gpus else "cpu"),  # type: ignore[arg-type]
+        catalogue,
+        max_plug_ins=config.max_plug_ins,
+        wait_s=config.wait_s,
+        refresh_s=config.refresh_s,
+    )
+    engine = GenerationEngine(load_tokenizer(config.model), cache, config.max_choices)
+    engine.probe()
+    return LocalBackend(engine, config.max_concurrent, config.wait_s)

@@ -1,0 +1,98 @@
+"""The engine behind Ray Serve, from both sides: the actor that holds one, and the backend that asks it.
+
+Both are skins over backend.py; deploying them is app.py's part."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
+from typing import Any, cast
+
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+
+from ot_ray.errors import OTRayError
+from serve.config import ServeConfig
+from serve.failures import ApiError, api_error
+from serve.generation import Chunk
+from serve.loading import load_backend
+from serve.wire import CompletionRequest, ModelCard
+
+
+class Engine:
+    """One replica: a local backend, asked from other processes."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self._backend = load_backend(config)
+
+    async def models(self) -> list[ModelCard]:
+        return await self._backend.models()
+
+    async def check_ready(self) -> None:
+        await self._backend.check_ready()
+
+    async def check_health(self) -> None:
+        """Called by Ray Serve, which replaces a replica that raises here again and again."""
+        await self._backend.check_ready()
+
+    async def complete(self, request: CompletionRequest) -> AsyncGenerator[Chunk | ApiError, None]:
+        """The chunks of an answer; a refusal is the last item, because it is no failure of the replica."""
+        try:
+            async with aclosing(self._backend.complete(request)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        except OTRayError as error:
+            yield api_error(error)
+
+
+class RemoteBackend:
+    """A `Backend` that asks the replicas of an engine.
+
+    Args:
+        engine: the handle of a deployment of `Engine`.
+    """
+
+    def __init__(self, engine: DeploymentHandle) -> None:
+        self._engine = engine
+
+    async def models(self) -> list[ModelCard]:
+        with _ray_errors_told():
+            return await self._engine.models.remote()
+
+    async def check_ready(self) -> None:
+        with _ray_errors_told():
+            await self._engine.check_ready.remote()
+
+    async def complete(self, request: CompletionRequest) -> AsyncGenerator[Chunk, None]:
+        stream = cast(DeploymentResponseGenerator[Any], self._engine.options(stream=True).complete.remote(request))
+        try:
+            with _ray_errors_told():
+                async for item in stream:
+                    if isinstance(item, ApiError):
+                        raise item
+                    yield item
+        except (asyncio.CancelledError, GeneratorExit):
+            # The client went away: the replica stops too.
+            stream.cancel()
+            raise
+
+
+@contextmanager
+def _ray_errors_told() -> Iterator[None]:
+    """Turn Ray's own errors into answers, and unpack those that a replica raised."""
+    try:
+        yield
+    except BackPressureError as error:
+        raise ApiError(
+            "Too many requests wait for the model; try again later.",
+            error.status_code,
+            "overloaded",
+            retry_after_s=math.ceil(error.retry_after_s or 1),
+        ) from None
+    except (RayActorError, DeploymentUnavailableError, ReplicaUnavailableError):
+        raise ApiError("The model is being restarted; try again.", 503, "unavailable", retry_after_s=5) from None
+    except RayTaskError as error:
+        raise api_error(error.cause) from error

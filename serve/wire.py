@@ -1,0 +1,146 @@
+"""OpenAI's completions and models as types: what a request may hold, and the shape of every answer.
+
+Checks that need a tokenizer or a model are left to generation.py."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+_PROMPT = "a prompt is a string, a list of strings, a list of token ids, or a list of lists of token ids"
+
+
+def _prompts(value: Any) -> list[str] | list[list[int]]:
+    """Bring OpenAI's four kinds of prompt to two: texts, or token ids."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if all(isinstance(item, str) for item in value):
+            return value
+        if _are_ids(value):
+            return [value]
+        if all(isinstance(item, list) and item and _are_ids(item) for item in value):
+            return value
+    raise ValueError(_PROMPT)
+
+
+def _are_ids(value: list[Any]) -> bool:
+    return all(type(item) is int for item in value)
+
+
+def _stops(value: Any) -> tuple[str, ...]:
+    stops = (value,) if isinstance(value, str) else value
+    if not isinstance(stops, list | tuple) or len(stops) > 4:
+        raise ValueError("stop is one string or a list of at most 4 strings")
+    if not all(isinstance(stop, str) and stop for stop in stops):
+        raise ValueError("a stop string must be text, and not empty")
+    return tuple(stops)
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_default(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {key: value for key, value in values.items() if value is not None}
+
+
+class StreamOptions(_Request):
+    """What a stream holds beside the text."""
+
+    include_usage: bool = False
+    """End with one more chunk that holds the usage of the whole request."""
+    include_obfuscation: bool = False
+    """Accepted for OpenAI's clients; this service pads nothing."""
+
+
+class CompletionRequest(_Request):
+    """The body of `POST /v1/completions`; `null` means a field's default, as it does at OpenAI."""
+
+    model: str
+    prompt: Annotated[list[str] | list[list[int]] | None, BeforeValidator(_prompts)] = None
+    """None stands for the beginning of a document."""
+    max_tokens: int = Field(16, ge=0)
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, ge=0, le=1)
+    n: int = Field(1, ge=1, le=128)
+    stop: Annotated[tuple[str, ...], BeforeValidator(_stops)] = ()
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    logprobs: int | None = Field(None, ge=0, le=5)
+    echo: bool = False
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] = {}
+    best_of: int | None = Field(None, ge=1)
+    suffix: str = ""
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+
+class Logprobs(BaseModel):
+    """Log-probabilities of a stretch of tokens; every list has one entry a token."""
+
+    tokens: list[str] = []
+    token_logprobs: list[float | None] = []
+    """None for the first token of an echoed prompt, which nothing precedes."""
+    top_logprobs: list[dict[str, float] | None] = []
+    text_offset: list[int] = []
+    """Where each token starts in the choice's text, in characters."""
+
+    def extend(self, other: Logprobs) -> None:
+        """Append the tokens of `other`."""
+        self.tokens += other.tokens
+        self.token_logprobs += other.token_logprobs
+        self.top_logprobs += other.top_logprobs
+        self.text_offset += other.text_offset
+
+
+class Choice(BaseModel):
+    """One completion, or a stretch of it in a stream."""
+
+    index: int
+    text: str = ""
+    logprobs: Logprobs | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+
+
+class Usage(BaseModel):
+    """Tokens of a request; each prompt counts once however many choices it has."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Completion(BaseModel):
+    """The answer to a completion request, or one chunk of it in a stream."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int = Field(default_factory=lambda: int(time.time()))
+    model: str
+    choices: list[Choice]
+    usage: Usage | None = None
+
+
+class ModelCard(BaseModel):
+    """One model in `GET /v1/models`."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    """Seconds since 1970."""
+    owned_by: str
+
+
+class ModelList(BaseModel):
+    """The answer to `GET /v1/models`."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]

@@ -1,0 +1,64 @@
+"""One tiny model and tokenizer for all tests of the service, and, for those that need it, one local Ray."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_service import BASE, Shelf, byte_model, byte_tokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from serve.generation import GenerationEngine
+from serve.residency import PlugInCache
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Several threads for so small a model only wait for each other."""
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def base() -> PreTrainedModel:
+    return byte_model()
+
+
+@pytest.fixture
+def shelf(base: PreTrainedModel) -> Shelf:
+    return Shelf(base, ["anna", "ben"])
+
+
+@pytest.fixture
+def engine(base: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, shelf: Shelf) -> GenerationEngine:
+    cache = PlugInCache(BASE, base, shelf, refresh_s=0)
+    return GenerationEngine(tokenizer, cache, max_choices=8)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(
+    base: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The tiny model as a folder that Transformers opens."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    base.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """A Ray of our own, for as long as the tests run."""
+    import ray
+
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()

@@ -1,0 +1,185 @@
+"""The real Ray Serve application over HTTP, asked with OpenAI's own client."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import torch
+from ray import serve as ray_serve
+from tiny_service import PLAIN_TEXT, PLAN, tokens_of, tuned_state
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from ot_ray.artifacts import Registry
+from ot_ray.config import parse
+from ot_ray.errors import ConfigError, LaunchError, PortInUseError
+from ot_ray.model import plug_in
+from ot_ray.store import open_store
+from serve.app import build_app
+from serve.config import ServeConfig
+from serve.local import run, shutdown
+from tests.fixtures.s3 import free_port
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def tenants(base: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, PreTrainedModel]]:
+    """The URL of a store with two tenants' plug-ins, and what each should answer like, by id."""
+    url = str(tmp_path_factory.mktemp("store"))
+    registry, expected = Registry(open_store(url)), {}
+    for seed, (model, tenant) in enumerate([("tiny", "anna"), ("tiny", "ben"), ("other", "carl")]):
+        state = tuned_state(base, seed)
+        record = registry.add(model, tenant, "tone", state, bundle_id="b-1", plan=PLAN, report={})
+        registry.promote(record.model_id)
+        if model == "tiny":
+            expected[record.model_id] = plug_in(base, PLAN, state)
+    return url, expected
+
+
+@pytest.fixture(scope="module")
+def config(checkpoint: Path, tenants: tuple[str, dict[str, PreTrainedModel]]) -> ServeConfig:
+    values = {
+        "model": {"name": "tiny", "source": str(checkpoint)},
+        "store": tenants[0],
+        "port": free_port(),
+        "max_concurrent": 2,
+        "refresh_s": 0.1,
+    }
+    return parse(ServeConfig, values, "test")
+
+
+@pytest.fixture(scope="module")
+def url(local_ray: None, config: ServeConfig) -> Iterator[str]:
+    yield run(config)
+    shutdown()
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60)
+
+
+def greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> str:
+    prompt = torch.tensor([tokens_of("Hello")])
+    made = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=16)
+    return tokenizer.decode(made[0, 5:], skip_special_tokens=True)
+
+
+def test_models_are_those_of_this_base(client: openai.OpenAI, tenants: tuple[str, dict[str, PreTrainedModel]]) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny", *sorted(tenants[1])]
+    for model_id in tenants[1]:
+        assert client.models.retrieve(model_id).owned_by == model_id.split(":")[2]
+
+
+def test_two_tenants_and_the_base_at_once(
+    client: openai.OpenAI,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    tenants: tuple[str, dict[str, PreTrainedModel]],
+) -> None:
+    expected = {model_id: greedy(model, tokenizer) for model_id, model in {"tiny": base, **tenants[1]}.items()}
+
+    def ask(model_id: str) -> str:
+        answer = client.completions.create(model=model_id, prompt="Hello", temperature=0, max_tokens=16)
+        return answer.choices[0].text
+
+    with ThreadPoolExecutor(6) as threads:
+        answers = list(threads.map(ask, [*expected] * 2))
+    assert answers == [*expected.values()] * 2
+    assert len(set(answers)) == 3
+
+
+def test_streaming(client: openai.OpenAI) -> None:
+    fields = {"model": "tiny", "prompt": "Hello", "max_tokens": 12, "seed": 4, "logit_bias": PLAIN_TEXT}
+    whole = client.completions.create(**fields)
+    chunks = list(client.completions.create(**fields, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == whole.choices[0].text
+    assert len(chunks) > 6
+    assert chunks[-1].usage == whole.usage
+
+
+def test_errors_are_openais_classes(client: openai.OpenAI, url: str) -> None:
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.completions.create(model="gpt", prompt="x")
+    assert missing.value.code == "model_not_found"
+    assert missing.value.response.headers["x-should-retry"] == "false"
+    with pytest.raises(openai.NotFoundError):
+        next(iter(client.completions.create(model="gpt", prompt="x", stream=True)))
+    with pytest.raises(openai.BadRequestError, match="maximum context length"):
+        client.completions.create(model="tiny", prompt="x", max_tokens=1000)
+    with pytest.raises(openai.BadRequestError, match="temperature"):
+        client.completions.create(model="tiny", prompt="x", temperature=9)
+    answers = [httpx.get(url + path) for path in ("/models", "/nowhere", "/completions")]
+    assert [answer.status_code for answer in answers] == [200, 404, 405]
+    assert all("," not in answer.headers["x-request-id"] for answer in answers)
+    assert httpx.get(url.replace("/v1", "/healthz")).json() == {"status": "ok"}
+
+
+def test_promotion_and_withdrawal_show_while_serving(
+    client: openai.OpenAI, base: PreTrainedModel, config: ServeConfig
+) -> None:
+    assert config.store is not None
+    registry = Registry(open_store(config.store))
+    record = registry.add("tiny", "dora", "tone", tuned_state(base, 9), bundle_id="b-1", plan=PLAN, report={})
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model=record.model_id, prompt="x")
+    registry.promote(record.model_id)
+    time.sleep(0.2)
+    assert client.completions.create(model=record.model_id, prompt="x").model == record.model_id
+    registry.withdraw("tiny", "dora", "tone")
+    time.sleep(0.2)
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model=record.model_id, prompt="x")
+
+
+def test_clients_that_hang_up_free_their_lanes(client: openai.OpenAI) -> None:
+    long = {"model": "tiny", "prompt": "x", "max_tokens": 120, "n": 32, "logit_bias": PLAIN_TEXT}
+    streams = [client.completions.create(**long, stream=True) for _ in range(2)]
+    for stream in streams:
+        next(iter(stream))
+    # Both lanes are taken for far longer than this client waits.
+    with pytest.raises(openai.APITimeoutError):
+        client.completions.create(model="tiny", prompt="x", timeout=1)
+    for stream in streams:
+        stream.close()
+    assert client.completions.create(model="tiny", prompt="x", max_tokens=1, timeout=10).choices
+
+
+def test_port_of_another_is_refused_before_anything_is_deployed(url: str, config: ServeConfig) -> None:
+    with pytest.raises(LaunchError, match="already runs"):
+        run(config)
+    command = [sys.executable, "-m", "serve", f"port={config.port}", "model.name=tiny", "model.source=/tmp"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert f"127.0.0.1:{config.port}" in done.stderr
+    assert "port=" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_wrong_args_name_the_field() -> None:
+    with pytest.raises(ConfigError, match=r"max_plugins; did you mean max_plug_ins\?"):
+        build_app({"model": {"name": "tiny", "source": "x"}, "max_plugins": 3})
+
+
+def test_port_in_use_names_port_and_way_out(local_ray: None, config: ServeConfig) -> None:
+    """Runs after the service is down, so that the port check is what answers."""
+    import socket
+
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        shutdown()
+        with pytest.raises(PortInUseError, match=rf"{port}.*port="):
+            run(config.model_copy(update={"port": port}))
+    assert not ray_serve.status().applications
