@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from jobs.command import config_file, run_command
+from jobs.command import config_file, quiet_libraries, run_command
 from ot_ray.artifacts import list_versions, publish_bundle, write_bundle
 from ot_ray.data import DataConfig, load_sequences
 from ot_ray.evaluation import perplexity
@@ -100,28 +101,22 @@ def run(config: MakeEmulatorConfig) -> dict[str, Any]:
     return result
 
 
-def distill_on_worker(payload: dict[str, Any], report: Callable[[Mapping[str, float]], None]) -> dict[str, Any]:
+def distill_on_worker(payload: dict[str, Any]) -> dict[str, Any]:
     """What each worker runs: the distillation, with a progress bar on rank 0."""
-    import os
-
-    from jobs.command import quiet_libraries
-
     quiet_libraries()
     config = DistillConfig.model_validate(payload)
     if os.environ.get("RANK", "0") != "0":
-        return distill(config, report)
+        return distill(config)
     with Progress("distil", config.training.steps) as bar:
-
-        def show(figures: Mapping[str, float]) -> None:
-            bar.at(
+        return distill(
+            config,
+            lambda figures: bar.at(
                 int(figures["step"]),
                 lm=figures["lm_loss"],
                 kd=figures["kd_loss"],
                 tokens_per_s=figures["tokens_per_s"],
-            )
-            report(figures)
-
-        return distill(config, show)
+            ),
+        )
 
 
 def _for_workers(config: MakeEmulatorConfig) -> dict[str, Any]:

@@ -28,6 +28,7 @@ class Progress:
         self._done, self._start, self._last = 0, time.monotonic(), 0.0
         self._figures = ""
         self._initial: int | None = None
+        self._drawn: int | None = None
 
     def __enter__(self) -> Progress:
         return self
@@ -35,7 +36,7 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._done or error is None:
+        if self._drawn != self._done:
             self._draw()
         if sys.stderr.isatty():
             sys.stderr.write("\n")
@@ -58,7 +59,7 @@ class Progress:
             self._draw()
 
     def _draw(self) -> None:
-        self._last = time.monotonic()
+        self._last, self._drawn = time.monotonic(), self._done
         bar = tqdm.format_meter(
             self._done,
             self._total,  # type: ignore[arg-type]

@@ -34,11 +34,11 @@ def run(config: ServeConfig) -> str:
     """
     if not ray.is_initialized():
         raise LaunchError("Ray is not started in this process; call ray.init() before serving")
+    require_free_port(config.host, config.port)
     if ray_serve.status().proxies:
         raise LaunchError(
             "Ray Serve already runs on this Ray; stop it with `serve shutdown`, or deploy with a Serve config file"
         )
-    require_free_port(config.host, config.port)
     target = ray_serve.RunTarget(build_app(config.model_dump()), name=APPLICATION, route_prefix="/")
     deadline = time.monotonic() + config.start_timeout_s
     try:

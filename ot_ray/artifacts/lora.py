@@ -17,8 +17,6 @@ from ot_ray.model import FAMILIES
 LORA_CONFIG = "adapter_config.json"
 LORA_WEIGHTS = "adapter_model.safetensors"
 
-# GPT-2's linear maps keep their weight as [in, out].
-_TRANSPOSED = frozenset({"gpt2"})
 _PEFT_PREFIX = "base_model.model."
 
 ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+){0,7}$", max_length=128)]
@@ -104,7 +102,7 @@ def contradictions(config: LoraAdapterConfig, bundle: BundleManifest, max_rank: 
     pattern = FAMILIES[bundle.model_type].layers.rpartition(".")[2]
     if config.layers_pattern not in (None, pattern, [pattern]):
         problems.append(f"{LORA_CONFIG}: layers_pattern is {config.layers_pattern!r}; use {pattern!r}")
-    if config.fan_in_fan_out != (bundle.model_type in _TRANSPOSED):
+    if config.fan_in_fan_out != FAMILIES[bundle.model_type].transposed:
         problems.append(
             f"{LORA_CONFIG}: fan_in_fan_out is {config.fan_in_fan_out}; for {bundle.model_type} use "
             f"{not config.fan_in_fan_out}"
@@ -124,7 +122,7 @@ def lora_shapes(config: LoraAdapterConfig, bundle: BundleManifest) -> dict[str, 
     for name, (rows, columns) in _linear_weights(bundle):
         if not _matches(name.removesuffix(".weight"), config.target_modules):
             continue
-        inputs, outputs = (rows, columns) if bundle.model_type in _TRANSPOSED else (columns, rows)
+        inputs, outputs = (rows, columns) if FAMILIES[bundle.model_type].transposed else (columns, rows)
         shapes[_lora_name(name, "A")] = (config.r, inputs)
         shapes[_lora_name(name, "B")] = (outputs, config.r)
     return shapes
@@ -152,7 +150,7 @@ def merge(
         if down is None or up is None:
             continue
         update = up.float() @ down.float()
-        if bundle.model_type in _TRANSPOSED:
+        if FAMILIES[bundle.model_type].transposed:
             update = update.T
         weight = original[name]
         merged[name] = (weight.detach().float() + (update * scale).to(weight.device)).to(weight.dtype)

@@ -4,6 +4,7 @@ several owners are not walled off from each other; see docs/architecture.md for 
 from __future__ import annotations
 
 import asyncio
+import logging
 import shlex
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
@@ -60,6 +61,8 @@ class RayJobLauncher:
         # Ray chooses its authentication when imported: after `ray_cluster` has said which.
         from ray.job_submission import JobSubmissionClient
 
+        # It tells of every package it uploads and every connection it closes.
+        logging.getLogger("ray.dashboard").setLevel(logging.WARNING)
         try:
             self._client = JobSubmissionClient(address)
         except (ConnectionError, RuntimeError) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from pydantic import Field
@@ -11,8 +11,7 @@ from pydantic import Field
 from ot_ray.config import Config
 from ot_ray.errors import LaunchError, OTRayError
 
-Report = Callable[[Mapping[str, float]], None]
-WorkerFunction = Callable[[dict[str, Any], Report], dict[str, Any]]
+WorkerFunction = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 class WorkerGroup(Config):
@@ -33,7 +32,7 @@ class WorkerGroup(Config):
 
 
 def run_workers(function: WorkerFunction, payload: dict[str, Any], group: WorkerGroup, run_name: str) -> dict[str, Any]:
-    """Run `function(payload, report)` on every worker of a new group, with a process group set up.
+    """Run `function(payload)` on every worker of a new group, with a process group set up.
 
     Args:
         function: importable on the workers; `payload` holds plain values only.
@@ -63,6 +62,8 @@ def run_workers(function: WorkerFunction, payload: dict[str, Any], group: Worker
         run_config=RunConfig(
             name=run_name,
             storage_path=group.ray_storage,
+            # Ray Train would turn every print of a library into a log line of its own.
+            worker_runtime_env={"env_vars": {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}},
             failure_config=FailureConfig(max_failures=group.max_failures),
             # At its usual level Ray Train repeats what our own progress says.
             logging_config=LoggingConfig(log_level="WARNING"),
@@ -76,13 +77,9 @@ def run_workers(function: WorkerFunction, payload: dict[str, Any], group: Worker
 
 
 def _worker(config: dict[str, Any]) -> dict[str, Any]:
-    from ray import train
-
-    last: dict[str, float] = {}
-    value = config["function"](config["payload"], last.update)
-    # One report at the end: each is a barrier, and the figures of every step are in the progress and the store.
-    train.report(last)
-    return value
+    # Nothing is reported to Ray Train: each report is a barrier, and the figures of every step are in the
+    # progress and in the store.
+    return config["function"](config["payload"])
 
 
 def _own_error(error: BaseException) -> OTRayError | None:

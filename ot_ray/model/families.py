@@ -24,6 +24,8 @@ class Family:
     """The `ModuleList` of transformer layers."""
     norm: str
     """The final norm after the last layer."""
+    transposed: bool = False
+    """Whether linear maps are stored [in, out] (GPT-2's `Conv1D`) rather than [out, in]."""
     positions_isolate: bool = True
     """Whether the architecture derives a block-diagonal mask from `position_ids` that restart at 0."""
 
@@ -31,7 +33,7 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "bloom": Family("transformer.h", "transformer.ln_f", positions_isolate=False),
     "gemma2": Family("model.layers", "model.norm"),
-    "gpt2": Family("transformer.h", "transformer.ln_f"),
+    "gpt2": Family("transformer.h", "transformer.ln_f", transposed=True),
     "llama": Family("model.layers", "model.norm"),
     "mistral": Family("model.layers", "model.norm"),
     "opt": Family("model.decoder.layers", "model.decoder.final_layer_norm", positions_isolate=False),

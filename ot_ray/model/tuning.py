@@ -63,7 +63,7 @@ def lora_config(model: PreTrainedModel, plan: SplitPlan, settings: LoraSettings)
         target_modules=sorted({name.rpartition(".")[2] for name in names}),
         layers_to_transform=positions,
         layers_pattern=family_of(model).layers.rpartition(".")[2],
-        fan_in_fan_out=not any(isinstance(module, nn.Linear) for module in example.modules()),
+        fan_in_fan_out=family_of(model).transposed,
         bias="none",
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from ot_ray.store import Store, open_store
 from ot_ray.training.checkpoints import Checkpoints
 from ot_ray.training.config import TrainingConfig
 from ot_ray.training.deepspeed_engine import DeepSpeedEngine
-from ot_ray.training.loop import train
+from ot_ray.training.loop import Report, train
 
 
 class DistillConfig(Config):
@@ -52,7 +52,7 @@ class DistillConfig(Config):
     """Name of the run; the same name resumes from its last checkpoint."""
 
 
-def distill(config: DistillConfig, report: Callable[[Mapping[str, float]], None]) -> dict[str, Any]:
+def distill(config: DistillConfig, report: Report | None = None) -> dict[str, Any]:
     """Distil on this rank; rank 0 leaves the emulator's weights under ``runs/<run>/`` of the store.
 
     Every rank of the group calls this with the same configuration.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import json
 import signal
 import subprocess
 import sys
@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+import ray
 import torch
 from ray import serve as ray_serve
 from tiny_service import PLAIN_TEXT, PLAN, tokens_of, tuned_state
@@ -24,6 +25,7 @@ from ot_ray.config import parse
 from ot_ray.errors import ConfigError, LaunchError, PortInUseError
 from ot_ray.model import plug_in
 from ot_ray.store import open_store
+from serve.__main__ import main
 from serve.app import build_app
 from serve.config import ServeConfig
 from serve.local import run, shutdown
@@ -53,6 +55,7 @@ def config(checkpoint: Path, tenants: tuple[str, dict[str, PreTrainedModel]]) ->
         "store": tenants[0],
         "port": free_port(),
         "max_concurrent": 2,
+        "max_choices": 128,
         "refresh_s": 0.1,
     }
     return parse(ServeConfig, values, "test")
@@ -73,6 +76,15 @@ def greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> str:
     prompt = torch.tensor([tokens_of("Hello")])
     made = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=16)
     return tokenizer.decode(made[0, 5:], skip_special_tokens=True)
+
+
+def test_model_that_cannot_be_loaded_is_told_and_leaves_nothing(
+    local_ray: None, config: ServeConfig, tmp_path: Path
+) -> None:
+    model = config.model.model_copy(update={"source": str(tmp_path)})
+    with pytest.raises(LaunchError, match=rf"model.source is '{tmp_path}'"):
+        run(config.model_copy(update={"model": model}))
+    assert not ray_serve.status().applications
 
 
 def test_models_are_those_of_this_base(client: openai.OpenAI, tenants: tuple[str, dict[str, PreTrainedModel]]) -> None:
@@ -143,7 +155,7 @@ def test_promotion_and_withdrawal_show_while_serving(
 
 
 def test_clients_that_hang_up_free_their_lanes(client: openai.OpenAI) -> None:
-    long = {"model": "tiny", "prompt": "x", "max_tokens": 120, "n": 32, "logit_bias": PLAIN_TEXT}
+    long = {"model": "tiny", "prompt": "x", "max_tokens": 120, "n": 128, "logit_bias": PLAIN_TEXT}
     streams = [client.completions.create(**long, stream=True) for _ in range(2)]
     for stream in streams:
         next(iter(stream))
@@ -155,15 +167,16 @@ def test_clients_that_hang_up_free_their_lanes(client: openai.OpenAI) -> None:
     assert client.completions.create(model="tiny", prompt="x", max_tokens=1, timeout=10).choices
 
 
-def test_port_of_another_is_refused_before_anything_is_deployed(url: str, config: ServeConfig) -> None:
-    with pytest.raises(LaunchError, match="already runs"):
+def test_taken_port_or_ray_is_refused_and_the_service_goes_on(
+    client: openai.OpenAI, config: ServeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(PortInUseError, match=rf"127.0.0.1:{config.port}.*port="):
         run(config)
-    command = [sys.executable, "-m", "serve", f"port={config.port}", "model.name=tiny", "model.source=/tmp"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
-    assert f"127.0.0.1:{config.port}" in done.stderr
-    assert "port=" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert main([f"port={config.port}", "model.name=tiny", "model.source=/tmp"]) == 1
+    assert capsys.readouterr().err.startswith(f"serve: cannot listen on 127.0.0.1:{config.port}")
+    with pytest.raises(LaunchError, match="already runs"):
+        run(config.model_copy(update={"port": free_port()}))
+    assert client.completions.create(model="tiny", prompt="x", max_tokens=1).choices
 
 
 def test_wrong_args_name_the_field() -> None:
@@ -171,15 +184,24 @@ def test_wrong_args_name_the_field() -> None:
         build_app({"model": {"name": "tiny", "source": "x"}, "max_plugins": 3})
 
 
-def test_port_in_use_names_port_and_way_out(local_ray: None, config: ServeConfig) -> None:
-    """Runs after the service is down, so that the port check is what answers."""
-    import socket
-
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        port = other.getsockname()[1]
-        shutdown()
-        with pytest.raises(PortInUseError, match=rf"{port}.*port="):
-            run(config.model_copy(update={"port": port}))
-    assert not ray_serve.status().applications
+def test_command_serves_until_interrupted(local_ray: None, config: ServeConfig, tmp_path: Path) -> None:
+    shutdown()
+    file = tmp_path / "serve.yaml"
+    file.write_text(json.dumps(config.model_dump(exclude={"port"})))
+    address, port = ray.get_runtime_context().gcs_address, free_port()
+    command = [sys.executable, "-m", "serve", "--config", str(file), "--address", address, f"port={port}"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as service:
+        assert service.stderr is not None
+        said = []
+        for line in service.stderr:
+            said.append(line)
+            if "answers at" in line:
+                break
+        assert said[-1] == f"serve: tiny answers at http://127.0.0.1:{port}/v1; stop with Ctrl-C\n", said
+        assert httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=30).status_code == 200
+        service.send_signal(signal.SIGTERM)
+        rest = service.stderr.read()
+    assert service.returncode == 0, rest
+    assert "Traceback" not in rest
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"http://127.0.0.1:{port}/healthz")
