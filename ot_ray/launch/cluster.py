@@ -42,6 +42,8 @@ def ray_cluster(
     address = address or os.environ.get("RAY_ADDRESS")
     if address is None:
         _choose_authentication()
+        # A cluster of this one machine has no nodes to be preempted, and its watcher prints errors.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     import ray
 
     if ray.is_initialized():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pydantic import Field
@@ -70,10 +73,26 @@ def run_workers(function: WorkerFunction, payload: dict[str, Any], group: Worker
         ),
     )
     try:
-        result = trainer.fit()
+        with _own_interrupt():
+            result = trainer.fit()
     except TrainingFailedError as error:
         raise _own_error(error) or LaunchError(f"run {run_name} failed: {_last_line(error)}") from error
     return result.return_value or {}
+
+
+@contextlib.contextmanager
+def _own_interrupt() -> Iterator[None]:
+    # Ray Train handles Ctrl-C by aborting the run and leaving with `sys.exit`, and keeps its handler afterwards.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _worker(config: dict[str, Any]) -> dict[str, Any]:

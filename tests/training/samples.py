@@ -1,0 +1,107 @@
+"""What the tests of this room train: tiny modules, packed data, and groups of real worker processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+from torch import nn
+
+from ot_ray.data import BatchStream, PackedSequence, TokenSpan, pack
+from ot_ray.model import DistillLoss, DistillModel, LanguageModel, SplitPlan
+from ot_ray.training import TrainingConfig
+from tests.fixtures.models import tiny_model, tokens
+
+PLAN = SplitPlan(bottom=2, keep=2, top=1)
+KEPT = [0, 2]
+LENGTH = 12
+PATIENCE = 280.0
+"""Seconds a group of workers may take; starting two of them takes most of it on a busy machine."""
+
+
+def sequences(count: int = 20, seed: int = 1) -> list[PackedSequence]:
+    """Random documents of `LENGTH` tokens, one a sequence, so that every row counts the same in a mean."""
+    rows = tokens(count, LENGTH, seed).tolist()
+    return pack([TokenSpan(row, [True] * LENGTH) for row in rows], LENGTH, 0)
+
+
+def training(**values: Any) -> TrainingConfig:
+    return TrainingConfig.model_validate(
+        {"steps": 6, "batch_size": 4, "lr": 3e-3, "warmup_steps": 2, "weight_decay": 0.1, "seed": 3, **values}
+    )
+
+
+def stream(config: TrainingConfig) -> BatchStream:
+    return BatchStream(sequences(), config.batch_size, config.seed)
+
+
+def distill_model() -> DistillModel:
+    return DistillModel(tiny_model("llama"), PLAN, KEPT, DistillLoss())
+
+
+def language_model() -> LanguageModel:
+    """Only the two outer layers learn, as in tuning."""
+    model = tiny_model("llama", depth=4)
+    model.requires_grad_(False)
+    for layer in (0, 3):
+        model.model.layers[layer].requires_grad_(True)
+    return LanguageModel(model)
+
+
+class Dropped(nn.Module):
+    """A small net whose every pass draws from the random state; `frozen` never learns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(11)
+        self.frozen = nn.Embedding(64, 16).requires_grad_(False)
+        self.net = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Dropout(0.3), nn.Linear(32, 64))
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, **rest: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = self.net(self.frozen(input_ids))
+        return {"loss": nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())}
+
+
+def start_group(work: Callable[..., None], world_size: int, *args: Any) -> list[BaseProcess]:
+    """Start `work(*args)` in `world_size` new processes with the variables that launch sets for a worker."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        multiprocessing.get_context("spawn").Process(target=_worker, args=(rank, world_size, port, work, args))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def run_group(work: Callable[..., None], world_size: int, *args: Any) -> None:
+    """Run a group to its end; a worker that fails or hangs fails the test."""
+    processes = start_group(work, world_size, *args)
+    try:
+        for process in processes:
+            process.join(PATIENCE)
+        assert [process.exitcode for process in processes] == [0] * world_size
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def _worker(rank: int, world_size: int, port: int, work: Callable[..., None], args: tuple[Any, ...]) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
+    torch.set_num_threads(1)
+    work(*args)
