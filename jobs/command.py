@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from ot_ray.config import Config, load
 from ot_ray.errors import OTRayError
@@ -27,18 +27,20 @@ def run_command(
 ) -> None:
     """Parse the command line of one verb, run it, print its result as JSON.
 
-    Exits with 2 for a user's error (one message, no stack trace), 130 after Ctrl-C.
+    Exits with 2 for a user's error (one message, no stack trace), 130 after Ctrl-C. An error without a
+    class of ours that names a file, such as a folder without permission, is the user's too.
 
     Args:
         cls: the verb's configuration; its fields are shown by `--help`.
         run: takes the configuration; a mapping that it returns is printed.
         default_config: a YAML file used where `--config` is not given.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"python -m jobs.{verb}",
         description=(run.__doc__ or "").split("\n\n")[0],
         epilog=_fields(cls),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", default=default_config, help="YAML file (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings over the file's")
@@ -51,13 +53,28 @@ def run_command(
     try:
         result = run(load(cls, parsed.config, overrides))
     except OTRayError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _leave(str(error))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _leave(f"{error.filename}: {error.strerror}; check the path, its permissions and the disk")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     if result is not None:
         print(json.dumps(result, indent=2, default=str))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Complains as the verbs themselves do."""
+
+    def error(self, message: str) -> NoReturn:
+        _leave(f"{message}; `{self.prog} --help` shows what it takes")
+
+
+def _leave(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2) from None
 
 
 def config_file(name: str) -> str:

@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 
 from jobs.command import config_file, run_command
+from jobs.limits import require_folder, require_model_length
 from ot_ray.artifacts import BundleSource, inspect_adapter, plain_state
 from ot_ray.config import Config
 from ot_ray.data import DataConfig, PackedSequence, load_sequences
@@ -43,15 +44,18 @@ class EvaluateConfig(Config):
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Report perplexity of the five settings on the test split."""
+    require_folder("output", config.output)
     report = measure(config)
-    files = report.write(config.output, f"{config.model.name}: offsite tuning, five settings")
+    # First, so that the figures are seen whatever happens to the files.
     print(report.table(), flush=True)
+    files = report.write(config.output, f"{config.model.name}: offsite tuning, five settings")
     return {**report.as_dict(), **files}
 
 
 def measure(config: EvaluateConfig) -> FiveSettings:
     """Compute the five perplexities; full fine-tuning is trained here, for reference."""
     tokenizer = load_tokenizer(config.model)
+    require_model_length(config.sequence_length, config.model)
     test = load_sequences(config.test, tokenizer, config.sequence_length).sequences
     train = load_sequences(config.train, tokenizer, config.sequence_length).sequences
     model = load_model(config.model)

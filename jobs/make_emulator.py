@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field
+from transformers import PreTrainedTokenizerBase
 
 from jobs.command import config_file, quiet_libraries, run_command
-from ot_ray.artifacts import list_versions, publish_bundle, write_bundle
-from ot_ray.data import DataConfig, load_sequences
+from jobs.limits import require_model_length
+from ot_ray.artifacts import key_id, list_versions, publish_bundle, write_bundle
+from ot_ray.data import DataConfig, PackedSequence, load_sequences, read_documents
 from ot_ray.evaluation import perplexity
 from ot_ray.launch import WorkerGroup, ray_cluster, run_workers
 from ot_ray.model import (
@@ -35,7 +37,7 @@ from ot_ray.training import DistillConfig, distill, distilled_state, kept_layers
 class MakeEmulatorConfig(DistillConfig):
     """A distillation, the workers it runs on, and the bundle that comes of it."""
 
-    version: str = Field(pattern=r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+    version: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     """Version of the bundle; a published version never changes."""
     validation: DataConfig | None = None
     """Held-out public text on which the emulator gap is measured; unset, the card states none."""
@@ -63,16 +65,15 @@ def run(config: MakeEmulatorConfig) -> dict[str, Any]:
     store, bundles = open_store(config.store), open_store(config.bundles or config.store)
     if config.version in list_versions(bundles, config.model.name):
         return {"published": f"bundles/{config.model.name}/{config.version}", "already": True}
-    check_fits(config.model, config.split)
+    tokenizer, held_out = _check(config)
     with ray_cluster(config.address):
         summary = run_workers(distill_on_worker, _for_workers(config), config.workers, config.run)
     state = distilled_state(store, config.run)
-    model, tokenizer = load_model(config.model), load_tokenizer(config.model)
+    model = load_model(config.model)
     kept = kept_layers(depth_of(model), config.split)
     emulated = emulate(model, config.split, kept)
     gap = {}
-    if config.validation is not None:
-        held_out = load_sequences(config.validation, tokenizer, config.sequence_length).sequences
+    if held_out:
         gap["full"], gap["dropped"] = perplexity(model, held_out), perplexity(emulated, held_out)
         load_emulator(emulated, config.split, state)
         gap["distilled"] = perplexity(emulated, held_out)
@@ -93,12 +94,36 @@ def run(config: MakeEmulatorConfig) -> dict[str, Any]:
             expires=_expiry(config.expires_days),
             private_key=Path(config.private_key) if config.private_key else None,
         )
-        prefix = publish_bundle(bundles, folder)
-    result = {"published": prefix, "bundle_id": manifest.bundle_id, "emulator_gap": gap, **summary}
-    # The owner's own record holds what a bundle must not tell.
-    record = {**result, "depth": depth_of(model), "kept": kept, "config": config.model_dump(mode="json")}
-    store.write(f"records/{config.model.name}/{config.version}.json", json.dumps(record, indent=2).encode())
+        result = {
+            "published": f"bundles/{config.model.name}/{config.version}",
+            "bundle_id": manifest.bundle_id,
+            "emulator_gap": gap,
+            **summary,
+        }
+        # The owner's own record holds what a bundle must not tell. It comes first, because a version that is
+        # published is never made again, and its record would be missing for ever.
+        record = {**result, "depth": depth_of(model), "kept": kept, "config": config.model_dump(mode="json")}
+        store.write(f"records/{config.model.name}/{config.version}.json", json.dumps(record, indent=2).encode())
+        publish_bundle(bundles, folder)
     return result
+
+
+def _check(config: MakeEmulatorConfig) -> tuple[PreTrainedTokenizerBase, list[PackedSequence]]:
+    """Meet now whatever would stop the job after hours of distilling.
+
+    Returns:
+        The tokenizer, and the held-out sequences if there are any.
+    """
+    check_fits(config.model, config.split)
+    require_model_length(config.sequence_length, config.model)
+    if config.private_key is not None:
+        key_id(Path(config.private_key))
+    tokenizer = load_tokenizer(config.model)
+    # Every worker reads the training data whole; here, the first document shows that it is there.
+    next(read_documents(config.data), None)
+    if config.validation is None:
+        return tokenizer, []
+    return tokenizer, load_sequences(config.validation, tokenizer, config.sequence_length).sequences
 
 
 def distill_on_worker(payload: dict[str, Any]) -> dict[str, Any]:

@@ -6,9 +6,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from jobs.command import config_file, run_command
+from jobs.limits import require_model_length
 from ot_ray.artifacts import BundleSource, InspectionLimits, Registry, inspect_adapter, plain_state
 from ot_ray.config import Config
 from ot_ray.data import DataConfig, load_sequences
@@ -17,7 +18,7 @@ from ot_ray.evaluation import perplexity
 from ot_ray.model import ModelConfig, adapter_state, load_model, load_tokenizer, plug_in
 from ot_ray.store import download_folder, open_store
 
-NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 
 class PlugInConfig(Config):
@@ -44,6 +45,15 @@ class PlugInConfig(Config):
     limits: InspectionLimits = InspectionLimits()
     """How large an adapter may be."""
 
+    @model_validator(mode="after")
+    def _ratio_has_data(self) -> PlugInConfig:
+        if self.max_perplexity_ratio is not None and self.data is None:
+            raise ValueError(
+                f"max_perplexity_ratio is {self.max_perplexity_ratio}, but data is not set, so that no perplexity is "
+                "known; set data.source"
+            )
+        return self
+
 
 def run(config: PlugInConfig) -> dict[str, Any]:
     """Inspect a returned adapter, plug it in, evaluate, and promote it."""
@@ -53,6 +63,8 @@ def run(config: PlugInConfig) -> dict[str, Any]:
         download_folder(open_store(config.adapter), "", folder)
         inspected = inspect_adapter(folder, bundle.manifest, config.limits)
     model = load_model(config.model)
+    if config.data is not None:
+        require_model_length(config.sequence_length, config.model)
     plan = bundle.manifest.plan
     state = plain_state(inspected, adapter_state(model, plan))
     report: dict[str, float] = {}

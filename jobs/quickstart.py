@@ -20,12 +20,12 @@ from pydantic import Field
 from jobs import evaluate, make_emulator, plug_in, tune
 from jobs.command import config_file, run_command
 from jobs.memory import PeakMemory
-from jobs.service import complete, require_free_port, running_service
+from jobs.service import complete, running_service
 from ot_ray.artifacts import BundleSource, generate_key
 from ot_ray.config import Config
 from ot_ray.data import DataConfig, write_quickstart_data
 from ot_ray.evaluation import FiveSettings
-from ot_ray.launch import JobSpec, RayJobLauncher, WorkerGroup, ray_cluster, wait_for_job
+from ot_ray.launch import JobSpec, RayJobLauncher, WorkerGroup, ray_cluster, require_free_port, wait_for_job
 from ot_ray.launch.cluster import ClusterAddress
 from ot_ray.model import DistillLoss, LoraSettings, Method, ModelConfig, SplitPlan
 from ot_ray.training import TrainingConfig
@@ -70,7 +70,7 @@ class QuickstartConfig(Config):
 
 def run(config: QuickstartConfig) -> dict[str, Any]:
     """Make an emulator, tune its adapter in an isolated job, plug it in, evaluate, and serve it."""
-    require_free_port(config.port)
+    require_free_port("127.0.0.1", config.port)
     story = _Story(config)
     with ExitStack() as stack:
         memory = stack.enter_context(PeakMemory())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,23 +18,7 @@ from typing import Any
 
 import yaml
 
-from ot_ray.errors import LaunchError, PortInUseError
-
-
-def require_free_port(port: int, host: str = "127.0.0.1") -> None:
-    """Find out before minutes of work that the service could not listen at their end.
-
-    Raises:
-        PortInUseError: another process has the port.
-    """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise PortInUseError(
-                f"port is {port}, which is taken ({error.strerror}); set another one: port={port + 1}"
-            ) from None
+from ot_ray.errors import LaunchError
 
 
 @contextmanager

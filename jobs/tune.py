@@ -12,10 +12,11 @@ import torch
 from pydantic import Field
 
 from jobs.command import config_file, run_command
+from jobs.limits import require_empty, require_length
 from ot_ray.artifacts import BundleSource, write_adapter
 from ot_ray.config import Config
 from ot_ray.data import DataConfig, load_sequences
-from ot_ray.errors import AlreadyExistsError, ConfigError
+from ot_ray.errors import ConfigError
 from ot_ray.evaluation import mean_loss
 from ot_ray.model import LoraSettings, Method, prepare_tuning, trainable_parameters
 from ot_ray.progress import Progress
@@ -48,9 +49,7 @@ class TuneConfig(Config):
 
 def run(config: TuneConfig) -> dict[str, Any]:
     """Tune the adapter of a bundle and write what was tuned."""
-    output = open_store(config.output)
-    if output.exists("manifest.json"):
-        raise AlreadyExistsError(f"output is {config.output!r}, which holds an adapter already; name another")
+    require_empty("output", config.output)
     with tempfile.TemporaryDirectory() as temporary:
         bundle = config.bundle.open(Path(temporary) / "bundle")
         if config.method not in bundle.manifest.methods:
@@ -58,6 +57,7 @@ def run(config: TuneConfig) -> dict[str, Any]:
             raise ConfigError(
                 f"method is {config.method!r}, which the bundle's owner does not take back; use {allowed}"
             )
+        require_length(config.sequence_length, bundle.folder)
         tokenizer = bundle.load_tokenizer()
         data = load_sequences(config.data, tokenizer, config.sequence_length)
         held_out = (
@@ -89,7 +89,7 @@ def run(config: TuneConfig) -> dict[str, Any]:
             learning_rate=config.training.lr,
             validation_loss=validation_loss,
         )
-        upload_folder(output, folder, "", last="manifest.json")
+        upload_folder(open_store(config.output), folder, "", last="manifest.json")
     return {
         "adapter": config.output,
         "bundle_id": bundle.manifest.bundle_id,

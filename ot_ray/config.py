@@ -6,6 +6,7 @@ module only reads, merges and refuses. Environment variables and secrets are nev
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +31,15 @@ class Config(BaseModel):
 
 
 C = TypeVar("C", bound=Config)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes 1e-4 for text; a person who writes it without quotes means the number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]{1,3}\Z"), list("-+0123456789")
+)
 
 
 def load(cls: type[C], path: str | Path | None = None, overrides: Iterable[str] = ()) -> C:
@@ -67,9 +77,11 @@ def parse(cls: type[C], values: Mapping[str, Any], where: str) -> C:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file; pass an existing YAML file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}; pass a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if values is None:
@@ -85,7 +97,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"{override!r} is not an override; write section.key=value")
     *sections, leaf = key.strip().split(".")
     for section in sections:
-        inner = values.setdefault(section, {})
+        if values.get(section) is None:
+            values[section] = {}
+        inner = values[section]
         if not isinstance(inner, dict):
             raise ConfigError(f"{override!r}: {section} is {inner!r}, not a section that holds keys")
         values = inner
@@ -94,16 +108,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 def _yaml_value(text: str, override: str) -> Any:
     try:
-        value = yaml.safe_load(text)
+        return yaml.load(text, _Loader)
     except yaml.YAMLError:
         raise ConfigError(f"{override!r}: the value is not valid YAML; quote it") from None
-    if isinstance(value, str):
-        # YAML 1.1 reads 1e-4 as text; a person who writes it means the number.
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def _explain(cls: type[BaseModel], item: Any, where: str) -> str:
@@ -118,9 +125,11 @@ def _explain(cls: type[BaseModel], item: Any, where: str) -> str:
     if item["type"] == "missing":
         return f"{where}: {field} is required; set {field}=..."
     message = item["msg"].removeprefix("Value error, ")
-    if not field:
-        return f"{where}: {message}"
-    return f"{where}: {field} is {item['input']!r}: {message}"
+    if item["type"] == "string_type" and isinstance(item["input"], bool | int | float):
+        message += "; put it in quotes"
+    # A rule between the fields of a section names them itself; the section's whole text would bury it.
+    value = "" if isinstance(item["input"], Mapping) else f" is {item['input']!r}"
+    return f"{where}: {field}{value}: {message}" if field else f"{where}: {message}"
 
 
 def _class_at(cls: type[BaseModel], path: list[str]) -> type[BaseModel] | None:

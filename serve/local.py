@@ -4,7 +4,6 @@ What is deployed is app.py's; a cluster in production uses a Serve config file i
 
 from __future__ import annotations
 
-import socket
 import sys
 import time
 import urllib.error
@@ -13,7 +12,8 @@ import urllib.request
 import ray
 from ray import serve as ray_serve
 
-from ot_ray.errors import LaunchError, PortInUseError
+from ot_ray.errors import LaunchError
+from ot_ray.launch import require_free_port
 from serve.app import build_app
 from serve.config import ServeConfig
 
@@ -56,24 +56,6 @@ def run(config: ServeConfig) -> str:
 def shutdown() -> None:
     """Stop the service and Ray Serve with it; Ray itself goes on."""
     ray_serve.shutdown()
-
-
-def require_free_port(host: str, port: int) -> None:
-    """Make sure that the service can listen.
-
-    Raises:
-        PortInUseError: another process listens on the port, or this one may not.
-    """
-    with socket.socket() as probe:
-        # Connections of an earlier service that are still closing do not count.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise PortInUseError(
-                f"cannot listen on {host}:{port} ({error.strerror or error}); stop the process that does, or set "
-                "another port=..."
-            ) from None
 
 
 def _wait_until_running(config: ServeConfig, deadline: float) -> None:

@@ -15,8 +15,7 @@ from contextlib import contextmanager
 from transformers import PreTrainedModel
 
 from ot_ray.errors import NotFoundError, OTRayError
-from ot_ray.model import depth_of, plug_in
-from ot_ray.model.split import with_layers
+from ot_ray.model import plug_in
 from serve.catalogue import Catalogue, PlugIn
 from serve.failures import BusyError
 
@@ -57,10 +56,6 @@ class PlugInCache:
         self.base_id, self.base = base_id, base
         self._catalogue, self._capacity = catalogue, max_plug_ins
         self._wait_s, self._refresh_s, self._clock = wait_s, refresh_s, clock
-        # Plugging in takes a model's layer list away for a moment, so it works on a twin, never on the
-        # model that answers requests meanwhile. The twin shares all tensors.
-        self._twin = with_layers(base, range(depth_of(base)), share=True)
-        self._plugging = threading.Lock()
         self._refreshing = threading.Lock()
         self._room = threading.Condition()
         self._residents: OrderedDict[str, _Resident] = OrderedDict()
@@ -162,8 +157,7 @@ class PlugInCache:
     def _load(self, record: PlugIn, resident: _Resident) -> None:
         try:
             state = self._catalogue.load_state(record.model_id)
-            with self._plugging:
-                model = plug_in(self._twin, record.plan, state)
+            model = plug_in(self.base, record.plan, state)
             resident.model.set_result(model.eval())
         except BaseException as error:
             # Those that wait for the same load get the same error; the next request tries anew.

@@ -78,10 +78,11 @@ class FiveSettings:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         numbers, picture = folder / "five_settings.json", folder / "five_settings.png"
-        partial = numbers.with_suffix(".partial")
+        partial = folder / "five_settings.partial"
+        draw(self, title, partial)
+        os.replace(partial, picture)
         partial.write_text(json.dumps({"title": title, **self.as_dict()}, indent=2) + "\n", encoding="utf-8")
         os.replace(partial, numbers)
-        draw(self, title, picture)
         return {"json": str(numbers), "chart": str(picture)}
 
 
@@ -97,22 +98,20 @@ def draw(report: FiveSettings, title: str, path: str | Path) -> None:
         raise MissingDependencyError("the chart needs matplotlib; pip install 'ot_ray[eval]'") from None
     colours = ["#9aa5b1", "#c9b18f", "#d98e32", "#1f77b4", "#4a4a4a"]
     values = [getattr(report, name) for name in SETTINGS]
-    figure = Figure(figsize=(8.5, 3.4), layout="constrained")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.add_subplot()
     bars = axes.barh(list(SETTINGS.values()), values, color=colours, height=0.62)
     axes.bar_label(bars, labels=[f"{value:.2f}" for value in values], padding=4, fontsize=9)
     axes.invert_yaxis()
     axes.set_xlim(0, max(values) * 1.12)
     axes.set_xlabel("perplexity on the customer's test split (lower is better)")
-    axes.set_title(title, loc="left", fontsize=11)
+    figure.suptitle(
+        f"{title}\nplug-in closes {report.gap_closed:.0%} of the gap to full fine-tuning; "
+        f"the tuned emulator is {report.emulator_worse_by:.1%} worse than the plug-in",
+        x=0.01,
+        ha="left",
+        fontsize=10,
+    )
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(axis="y", length=0, labelsize=9)
-    figure.text(
-        0.995,
-        0.01,
-        f"plug-in closes {report.gap_closed:.0%} of the gap; tuned emulator {report.emulator_worse_by:.1%} worse",
-        ha="right",
-        fontsize=8,
-        color="#555555",
-    )
-    figure.savefig(path, dpi=140)
+    figure.savefig(path, dpi=140, format="png")

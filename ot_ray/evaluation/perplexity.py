@@ -24,26 +24,39 @@ def mean_loss(model: PreTrainedModel, sequences: Sequence[PackedSequence], batch
     Raises:
         DataError: no token counts.
     """
-    device = next(model.parameters()).device
     training = model.training
     model.eval()
-    total, count = 0.0, 0
-    with torch.inference_mode(), isolated_documents(model):
-        for start in range(0, len(sequences), batch_size):
-            batch = {name: tensor.to(device) for name, tensor in collate(sequences[start : start + batch_size]).items()}
-            logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[
-                :, :-1
+    try:
+        with torch.inference_mode(), isolated_documents(model), _one_dtype(model):
+            sums = [
+                _summed_loss(model, sequences[start : start + batch_size])
+                for start in range(0, len(sequences), batch_size)
             ]
-            targets = batch["labels"][:, 1:]
-            wanted = targets != -100
-            total += F.cross_entropy(logits[wanted].float(), targets[wanted], reduction="sum").item()
-            count += int(wanted.sum())
-    model.train(training)
+    finally:
+        model.train(training)
+    count = sum(tokens for _, tokens in sums)
     if count == 0:
         raise DataError("no token of the evaluation data counts; check its labels and length")
-    return total / count
+    return sum(loss for loss, _ in sums) / count
 
 
 def perplexity(model: PreTrainedModel, sequences: Sequence[PackedSequence], batch_size: int = 8) -> float:
     """`exp` of `mean_loss`."""
     return math.exp(mean_loss(model, sequences, batch_size))
+
+
+def _summed_loss(model: PreTrainedModel, sequences: Sequence[PackedSequence]) -> tuple[float, int]:
+    """Negative log-likelihood of the tokens that count, and how many they are."""
+    device = next(model.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in collate(sequences).items()}
+    output = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+    targets = batch["labels"][:, 1:]
+    wanted = targets != -100
+    logits = output.logits[:, :-1][wanted].float()
+    return F.cross_entropy(logits, targets[wanted], reduction="sum").item(), int(wanted.sum())
+
+
+def _one_dtype(model: PreTrainedModel) -> torch.autocast:
+    """Autocast for a model that is being tuned: float32 where it learns, bfloat16 where it is frozen."""
+    mixed = len({parameter.dtype for parameter in model.parameters()}) > 1
+    return torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=mixed)

@@ -2,6 +2,16 @@
 
 from ot_ray.launch.cluster import ray_cluster
 from ot_ray.launch.jobs import JobLauncher, JobSpec, RayJobLauncher, wait_for_job
+from ot_ray.launch.ports import require_free_port
 from ot_ray.launch.workers import WorkerGroup, run_workers
 
-__all__ = ["JobLauncher", "JobSpec", "RayJobLauncher", "WorkerGroup", "ray_cluster", "run_workers", "wait_for_job"]
+__all__ = [
+    "JobLauncher",
+    "JobSpec",
+    "RayJobLauncher",
+    "WorkerGroup",
+    "ray_cluster",
+    "require_free_port",
+    "run_workers",
+    "wait_for_job",
+]

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ot_ray.errors import LaunchError
+
+_ADDRESS = re.compile(r"(?:ray://)?(?P<host>[^/:\s]+|\[[0-9a-fA-F:]+\]):(?P<port>[0-9]{1,5})")
+_CONNECT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -25,16 +30,18 @@ class ClusterAddress:
 
 @contextmanager
 def ray_cluster(
-    address: str | None = None, num_cpus: int | None = None, dashboard: bool = True
+    address: str | None = None, num_cpus: int | None = None, dashboard: bool = True, show_logs: bool = True
 ) -> Iterator[ClusterAddress]:
     """Be connected to a Ray cluster for a while.
 
     Args:
-        address: an existing cluster; unset, the one this process already belongs to (a Ray job, or
-            `RAY_ADDRESS`), or else a new one on this machine, which is stopped at the end. A new one
-            listens on the loopback interface and asks for a token of its own, unless `RAY_AUTH_MODE` says
-            otherwise.
+        address: an existing cluster, `host:port`, `ray://host:port` or `auto`; unset, the one this process
+            already belongs to (a Ray job, or `RAY_ADDRESS`), or else a new one on this machine, which is
+            stopped at the end. A new one listens on the loopback interface and asks for a token of its own,
+            unless `RAY_AUTH_MODE` says otherwise.
         num_cpus: logical CPUs of a new cluster.
+        dashboard: whether a new cluster has one; the Jobs API is part of it.
+        show_logs: print here what tasks and actors print there.
 
     Raises:
         LaunchError: Ray could not be reached or started.
@@ -49,10 +56,13 @@ def ray_cluster(
     if ray.is_initialized():
         yield _address()
         return
+    if address is not None:
+        _require_listener(address)
     try:
         ray.init(
             address=address or "local",
             logging_level=logging.ERROR,
+            log_to_driver=show_logs,
             # Options of a cluster that is being started are refused for one that exists.
             **(
                 {} if address else {"num_cpus": num_cpus, "include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}
@@ -65,6 +75,21 @@ def ray_cluster(
         yield _address()
     finally:
         ray.shutdown()
+
+
+def _require_listener(address: str) -> None:
+    # Ray itself keeps trying an address where nobody listens for minutes.
+    if address == "auto":
+        return
+    match = _ADDRESS.fullmatch(address)
+    if match is None:
+        raise LaunchError(f"address is {address!r}; use host:port, ray://host:port or auto")
+    try:
+        socket.create_connection((match["host"].strip("[]"), int(match["port"])), _CONNECT_SECONDS).close()
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise LaunchError(
+            f"address is {address!r}, where no Ray cluster answers ({error}); check it with `ray status`"
+        ) from None
 
 
 def _choose_authentication() -> None:

@@ -6,9 +6,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import shlex
-from collections.abc import AsyncIterator, Callable, Mapping
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from ot_ray.errors import LaunchError
 
@@ -65,14 +67,16 @@ class RayJobLauncher:
         logging.getLogger("ray.dashboard").setLevel(logging.WARNING)
         try:
             self._client = JobSubmissionClient(address)
-        except (ConnectionError, RuntimeError) as error:
-            raise LaunchError(f"the Ray Jobs API at {address} does not answer: {error}; check the address") from None
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise LaunchError(
+                f"the Ray Jobs API at {address} does not answer: {_last_line(error)}; check the address"
+            ) from None
 
     def submit(self, spec: JobSpec) -> str:
-        environment = {"env_vars": dict(spec.environment)}
+        environment: dict[str, Any] = {"env_vars": dict(spec.environment)}
         if spec.working_dir:
-            environment["working_dir"] = spec.working_dir  # type: ignore[assignment]
-        try:
+            environment["working_dir"] = spec.working_dir
+        with self._refusals(f"job {spec.job_id} was not accepted"):
             return self._client.submit_job(
                 entrypoint=shlex.join(spec.command),
                 submission_id=spec.job_id,
@@ -81,31 +85,36 @@ class RayJobLauncher:
                 entrypoint_num_gpus=spec.gpus,
                 entrypoint_memory=spec.memory_bytes,
             )
-        except (RuntimeError, ValueError) as error:
-            last = str(error).strip().splitlines()[-1]
-            raise LaunchError(f"job {spec.job_id} was not accepted: {last}") from None
 
     def status(self, job_id: str) -> str:
-        return self._client.get_job_status(job_id).value.lower()
+        with self._refusals(f"job {job_id} cannot be looked at"):
+            return self._client.get_job_status(job_id).value.lower()
 
     def message(self, job_id: str) -> str:
-        return self._client.get_job_info(job_id).message or ""
+        with self._refusals(f"job {job_id} cannot be looked at"):
+            return self._client.get_job_info(job_id).message or ""
 
     def logs(self, job_id: str) -> AsyncIterator[str]:
         return self._client.tail_job_logs(job_id)
 
     def stop(self, job_id: str, timeout_s: float = 30.0) -> None:
-        self._client.stop_job(job_id)
-        asyncio.run(self._until_done(job_id, timeout_s))
+        with self._refusals(f"job {job_id} cannot be stopped"):
+            self._client.stop_job(job_id)
+        deadline = time.monotonic() + timeout_s
+        while self.status(job_id) not in DONE:
+            if time.monotonic() > deadline:
+                raise LaunchError(
+                    f"job {job_id} did not stop within {timeout_s:.0f} s; look at it with `ray job logs {job_id}`"
+                )
+            time.sleep(0.2)
 
-    async def _until_done(self, job_id: str, timeout_s: float) -> None:
-        for _ in range(int(timeout_s / 0.2)):
-            if self.status(job_id) in DONE:
-                return
-            await asyncio.sleep(0.2)
-        raise LaunchError(
-            f"job {job_id} did not stop within {timeout_s:.0f} s; look at it with `ray job logs {job_id}`"
-        )
+    @staticmethod
+    @contextmanager
+    def _refusals(task: str) -> Iterator[None]:
+        try:
+            yield
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise LaunchError(f"{task}: {_last_line(error)}") from None
 
 
 def wait_for_job(launcher: JobLauncher, job_id: str, show: Callable[[str], None]) -> None:
@@ -125,10 +134,18 @@ def wait_for_job(launcher: JobLauncher, job_id: str, show: Callable[[str], None]
 
     try:
         asyncio.run(follow())
+        # The output can end a moment before the job does.
+        while (status := launcher.status(job_id)) not in DONE:
+            time.sleep(0.2)
     except BaseException:
         launcher.stop(job_id)
         raise
-    status = launcher.status(job_id)
     if status != "succeeded":
         detail = last or launcher.message(job_id)
         raise LaunchError(f"job {job_id} ended as {status}: {detail}")
+
+
+def _last_line(error: Exception) -> str:
+    # The server answers with its own stack trace; the reason stands at its end.
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if lines else type(error).__name__

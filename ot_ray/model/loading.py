@@ -20,7 +20,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class ModelConfig(Config):
     """An owner's full model."""
 
-    name: str = Field(pattern=r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     """What customers call it, in bundle and model ids."""
     source: str
     """A folder with a Transformers checkpoint, or a model's name on the hub (`facebook/opt-6.7b`)."""

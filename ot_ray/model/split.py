@@ -101,12 +101,10 @@ def emulate(model: PreTrainedModel, plan: SplitPlan, kept: Sequence[int], *, sha
 def with_layers(model: PreTrainedModel, positions: Sequence[int], *, share: bool) -> PreTrainedModel:
     """Copy a model with only the layers at `positions`, in that order; a position may stand there twice."""
     source = layers_of(model)
-    # The list is swapped while copying, so that layers which are left out are never copied.
-    set_layers(model, nn.ModuleList())
-    try:
-        clone = copy.deepcopy(model, _shared(model) if share else None)
-    finally:
-        set_layers(model, source)
+    memo: dict[int, object] = _shared(model) if share else {}
+    # An empty list stands for the layers in the copy, so that those which are left out are never copied.
+    memo[id(source)] = nn.ModuleList()
+    clone = copy.deepcopy(model, memo)
     layers = [copy.deepcopy(source[i], _shared(source[i]) if share else None) for i in positions]
     set_layers(clone, nn.ModuleList(layers))
     _fit_config(clone, positions)
@@ -122,7 +120,7 @@ def _fit_config(model: PreTrainedModel, positions: Sequence[int]) -> None:
     config.num_hidden_layers = len(positions)
 
 
-def _shared(module: nn.Module) -> dict[int, torch.Tensor]:
+def _shared(module: nn.Module) -> dict[int, object]:
     """A memo for `copy.deepcopy` that makes the copy hold the very same tensors."""
     return {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
 

@@ -25,7 +25,7 @@ class TrainingConfig(Config):
     warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the rate rises linearly from 0."""
     final_lr_share: float = Field(default=0.0, ge=0, le=1)
-    """The rate at the last step, as a share of `lr`."""
+    """Where the decay ends, one step after the last, as a share of `lr`."""
     weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's decay, on matrices only."""
     betas: tuple[float, float] = (0.9, 0.999)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import nn
 
 from ot_ray.errors import MissingDependencyError, TrainingError
 from ot_ray.training.config import TrainingConfig
-from ot_ray.training.engine import Batch, mean_of, parameter_groups
+from ot_ray.training.engine import Batch, accumulation_steps, mean_of, parameter_groups
 
 _TAG = "engine"
 
@@ -30,7 +31,7 @@ class DeepSpeedEngine:
 
     Raises:
         MissingDependencyError: DeepSpeed is not installed.
-        TrainingError: nothing is trainable.
+        TrainingError: nothing is trainable, or the batch does not divide over workers and micro-batches.
     """
 
     def __init__(self, module: nn.Module, config: TrainingConfig) -> None:
@@ -41,14 +42,24 @@ class DeepSpeedEngine:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._accumulation = accumulation_steps(config, self.world_size)
         self._config = config
-        optimizer = torch.optim.AdamW(parameter_groups(module, config), lr=config.lr, betas=config.betas)
+        if config.precision == "float32":
+            module.float()
+        # DeepSpeed takes a step of its own while it sets up bfloat16; at a rate of 0 that decays nothing.
+        optimizer = torch.optim.AdamW(parameter_groups(module, config), lr=0.0, betas=config.betas)
+        computed = _computed_buffers(module)
         with contextlib.redirect_stdout(io.StringIO()):
             self._engine, self._optimizer, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=deepspeed_config(config, self.world_size)
             )
+        if config.zero_stage == 0:
+            # That step also counts in AdamW's bias correction, so it is forgotten.
+            optimizer.state.clear()
         self.module: nn.Module = self._engine.module
         self.device = torch.device(self._engine.device)
-        self._gather = deepspeed.zero.GatheredParameters
+        # Rounded to bfloat16, rotary frequencies would turn far positions by a radian.
+        for owner, name, buffer in computed:
+            owner._buffers[name] = buffer.to(self.device)
+        self._gathered = deepspeed.utils.safe_get_full_fp32_param
 
     def step(self, micro_batches: Sequence[Batch], lr: float) -> dict[str, float]:
         if len(micro_batches) != self._accumulation:
@@ -56,13 +67,24 @@ class DeepSpeedEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         outputs = []
+        norm: float | None = None
         for batch in micro_batches:
             output = self._engine(**{name: tensor.to(self.device) for name, tensor in batch.items()})
             self._engine.backward(output["loss"])
+            norm = self._norm_without_zero()
             self._engine.step()
             outputs.append({name: value.detach() for name, value in output.items()})
-        norm = self._engine.get_global_grad_norm()
-        return {**self.mean(mean_of(outputs)), "grad_norm": float(norm) if norm is not None else float("nan")}
+        if norm is None:
+            # Where a gradient is not finite, DeepSpeed leaves the step out and keeps an older norm.
+            norm = self._engine.get_global_grad_norm() if self._engine.was_step_applied() else math.nan
+        return {**self.mean(mean_of(outputs)), "grad_norm": float(norm)}
+
+    def _norm_without_zero(self) -> float | None:
+        """The norm of the averaged gradients where DeepSpeed runs AdamW bare and keeps none itself."""
+        if not isinstance(self._optimizer, torch.optim.AdamW):
+            return None
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
 
     def mean(self, values: Mapping[str, float]) -> dict[str, float]:
         tensor = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
@@ -87,26 +109,21 @@ class DeepSpeedEngine:
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad:
                 # One at a time, so that no rank holds more than one whole tensor beyond its shards.
-                with self._gather([parameter], modifier_rank=None, enabled=self._config.zero_stage == 3):
-                    if self.rank == 0:
-                        state[name] = parameter.detach().cpu().clone()
+                master = self._master(parameter)
+                if self.rank == 0:
+                    state[name] = master.detach().cpu().clone()
         return state
 
-
-def accumulation_steps(config: TrainingConfig, world_size: int) -> int:
-    """Micro-batches a rank passes for one optimiser step.
-
-    Raises:
-        TrainingError: the batch does not divide over workers and micro-batches.
-    """
-    share, rest = divmod(config.batch_size, world_size)
-    micro = config.micro_batch_size or share
-    if rest or not share or share % micro:
-        raise TrainingError(
-            f"training.batch_size is {config.batch_size}, which does not divide over {world_size} workers with "
-            f"micro_batch_size {micro}; use a multiple of {world_size * micro}"
+    def _master(self, parameter: nn.Parameter) -> torch.Tensor:
+        """The whole float32 copy that the optimiser keeps of a weight; every rank calls this together."""
+        if self._config.zero_stage:
+            return self._gathered(parameter)
+        if self._config.precision == "float32":
+            return parameter
+        pairs = zip(self._optimizer.fp16_groups, self._optimizer.fp32_groups, strict=True)
+        return next(
+            master for pair in pairs for weight, master in zip(*pair, strict=True) if weight is parameter
         )
-    return share // micro
 
 
 def deepspeed_config(config: TrainingConfig, world_size: int) -> dict[str, Any]:
@@ -122,6 +139,16 @@ def deepspeed_config(config: TrainingConfig, world_size: int) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
+
+
+def _computed_buffers(module: nn.Module) -> list[tuple[nn.Module, str, torch.Tensor]]:
+    """Buffers that no checkpoint holds, with their owners."""
+    return [
+        (owner, name, buffer)
+        for owner in module.modules()
+        for name, buffer in owner._buffers.items()
+        if buffer is not None and name in owner._non_persistent_buffers_set
+    ]
 
 
 def _import_deepspeed() -> Any:

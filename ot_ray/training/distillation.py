@@ -48,7 +48,7 @@ class DistillConfig(Config):
     """The optimiser run; ZeRO stage and precision among it."""
     store: str
     """Folder or `s3://` address where checkpoints and bundles go."""
-    run: str = Field(pattern=r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+    run: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")
     """Name of the run; the same name resumes from its last checkpoint."""
 
 

@@ -71,17 +71,37 @@ def parameter_groups(module: nn.Module, config: TrainingConfig) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
+def accumulation_steps(config: TrainingConfig, world_size: int) -> int:
+    """Micro-batches a rank passes for one optimiser step.
+
+    Raises:
+        TrainingError: the batch does not divide over workers and micro-batches.
+    """
+    share, rest = divmod(config.batch_size, world_size)
+    micro = config.micro_batch_size or max(1, share)
+    if rest or share % micro:
+        raise TrainingError(
+            f"training.batch_size is {config.batch_size}, which does not divide over {world_size} workers with "
+            f"micro_batch_size {micro}; use a multiple of {world_size * micro}"
+        )
+    return share // micro
+
+
 def mean_of(outputs: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, float]:
     """Average scalars of several micro-batches."""
     return {name: sum(float(output[name]) for output in outputs) / len(outputs) for name in outputs[0]}
 
 
 class TorchEngine:
-    """One process, one device, torch AdamW. Weights that learn are float32; bfloat16 is autocast.
+    """One process, one device, torch AdamW. Weights that learn become float32, frozen ones only where
+    `config.precision` is float32; bfloat16 is autocast.
 
     Args:
         module: takes a batch as keyword arguments, returns a mapping of scalars with `loss`; moved to the device.
         device: unset, the first GPU if there is one.
+
+    Raises:
+        TrainingError: nothing is trainable, or the batch does not divide into micro-batches.
     """
 
     rank = 0
@@ -91,6 +111,10 @@ class TorchEngine:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.module = module.to(self.device)
         self._config = config
+        accumulation_steps(config, self.world_size)
+        for parameter in self.module.parameters():
+            if parameter.requires_grad or config.precision == "float32":
+                parameter.data = parameter.data.float()
         self._optimizer = torch.optim.AdamW(parameter_groups(module, config), lr=config.lr, betas=config.betas)
 
     def step(self, micro_batches: Sequence[Batch], lr: float) -> dict[str, float]:
@@ -120,10 +144,12 @@ class TorchEngine:
     def load(self, folder: Path) -> None:
         state = torch.load(folder / "engine.pt", map_location=self.device, weights_only=True)
         ours = self._named()
-        if state["weights"].keys() != ours.keys():
+        differing = sorted(_shapes(state["weights"]).items() ^ _shapes(ours).items())
+        if differing:
+            name, shape = differing[0]
             raise TrainingError(
-                f"the checkpoint in {folder} holds {len(state['weights'])} trainable tensors, the model has "
-                f"{len(ours)} or other names; resume with the configuration that wrote it"
+                f"the checkpoint's trainable tensors are not the model's: {name} of shape {shape} is in one of them "
+                "only; resume with the configuration that wrote it"
             )
         with torch.no_grad():
             for name, tensor in state["weights"].items():
@@ -138,3 +164,7 @@ class TorchEngine:
 
     def _named(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+
+
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

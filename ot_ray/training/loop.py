@@ -52,8 +52,8 @@ def train(
         evaluate: validation figures; called on every rank every `config.evaluate_every` steps and at the end.
 
     Raises:
-        TrainingError: the loss is not finite (step and rank are named; the last checkpoint stays), or a
-            checkpoint does not belong to this run.
+        TrainingError: the loss or the gradients' norm is not finite (raised on every rank, with step and rank; the
+            last checkpoint stays), or a checkpoint does not belong to this run.
     """
     torch.manual_seed(config.seed * 1_000_003 + engine.rank)
     resumed = checkpoints.resume(engine) if checkpoints is not None else None
@@ -84,11 +84,7 @@ def _one_step(engine: Engine, stream: BatchStream, config: TrainingConfig, step:
     batch = stream.next_batch(engine.rank, engine.world_size)
     lr = lr_at(step, config)
     figures = engine.step(_micro_batches(batch, config.micro_batch_size), lr)
-    if not math.isfinite(figures["loss"]):
-        raise TrainingError(
-            f"the loss became {figures['loss']} at step {step + 1} (seen by rank {engine.rank}); lower training.lr "
-            "or lengthen training.warmup_steps, and resume from the last checkpoint"
-        )
+    _check_finite(figures, step, engine.rank)
     tokens = batch["input_ids"].numel() * engine.world_size
     return {"step": step + 1, "lr": lr, **figures, "tokens_per_s": tokens / (time.perf_counter() - start)}
 
@@ -100,14 +96,19 @@ def _evaluated(engine: Engine, evaluate: Evaluate) -> dict[str, float]:
     return seen
 
 
+def _check_finite(figures: Mapping[str, float], step: int, rank: int) -> None:
+    # Both are averages over all ranks, so that every rank stops here and none waits for another.
+    for name, text in (("loss", "the loss"), ("grad_norm", "the gradients' norm")):
+        if not math.isfinite(figures[name]):
+            raise TrainingError(
+                f"{text} became {figures[name]} at step {step + 1} (seen by rank {rank}); lower training.lr or "
+                "lengthen training.warmup_steps, and resume from the last checkpoint"
+            )
+
+
 def _micro_batches(batch: Batch, size: int | None) -> list[Batch]:
     rows = batch["input_ids"].shape[0]
     size = size or rows
-    if rows % size:
-        raise TrainingError(
-            f"training.micro_batch_size is {size}, but a worker's share of the batch is {rows} sequences; "
-            f"use a divisor of {rows}"
-        )
     return [{name: tensor[i : i + size] for name, tensor in batch.items()} for i in range(0, rows, size)]
 
 

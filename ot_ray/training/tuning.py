@@ -27,13 +27,17 @@ def fit(
     checkpoints: Checkpoints | None = None,
     report: Report | None = None,
 ) -> TrainingResult:
-    """Fit whatever has gradients in `model`, in place; it ends in evaluation mode on the CPU.
+    """Fit whatever has gradients in `model`, in place; it ends in evaluation mode on the CPU, in the types
+    that it had.
 
     Raises:
-        TrainingError: nothing has gradients, or the loss is not finite.
+        TrainingError: nothing has gradients, the batch does not divide, or the loss is not finite.
     """
+    dtypes = {parameter: parameter.dtype for parameter in model.parameters()}
     engine = TorchEngine(LanguageModel(model), config)
     stream = BatchStream(sequences, config.batch_size, config.seed)
     result = train(engine, stream, config, checkpoints=checkpoints, report=report, evaluate=evaluate)
     model.to(torch.device("cpu"))  # type: ignore[arg-type]
+    for parameter, dtype in dtypes.items():
+        parameter.data = parameter.data.to(dtype)
     return result

@@ -172,8 +172,8 @@ def test_taken_port_or_ray_is_refused_and_the_service_goes_on(
 ) -> None:
     with pytest.raises(PortInUseError, match=rf"127.0.0.1:{config.port}.*port="):
         run(config)
-    assert main([f"port={config.port}", "model.name=tiny", "model.source=/tmp"]) == 1
-    assert capsys.readouterr().err.startswith(f"serve: cannot listen on 127.0.0.1:{config.port}")
+    assert main([f"port={config.port}", "model.name=tiny", "model.source=/tmp"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: cannot listen on 127.0.0.1:{config.port}")
     with pytest.raises(LaunchError, match="already runs"):
         run(config.model_copy(update={"port": free_port()}))
     assert client.completions.create(model="tiny", prompt="x", max_tokens=1).choices

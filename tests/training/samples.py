@@ -15,7 +15,7 @@ from torch import nn
 from ot_ray.data import BatchStream, PackedSequence, TokenSpan, pack
 from ot_ray.model import DistillLoss, DistillModel, LanguageModel, SplitPlan
 from ot_ray.training import TrainingConfig
-from tests.fixtures.models import tiny_model, tokens
+from tests.fixtures.models import VOCAB, tiny_model, tokens
 
 PLAN = SplitPlan(bottom=2, keep=2, top=1)
 KEPT = [0, 2]
@@ -59,8 +59,8 @@ class Dropped(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(11)
-        self.frozen = nn.Embedding(64, 16).requires_grad_(False)
-        self.net = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Dropout(0.3), nn.Linear(32, 64))
+        self.frozen = nn.Embedding(VOCAB, 16).requires_grad_(False)
+        self.net = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Dropout(0.3), nn.Linear(32, VOCAB))
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, **rest: torch.Tensor) -> dict[str, torch.Tensor]:
         logits = self.net(self.frozen(input_ids))

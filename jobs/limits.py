@@ -1,0 +1,54 @@
+"""What can be refused before the work starts: sequences longer than the model takes, outputs already in use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from ot_ray.errors import AlreadyExistsError, ConfigError
+from ot_ray.model import ModelConfig
+from ot_ray.store import LocalStore, open_store
+
+
+def require_length(length: int, source: str | Path, revision: str | None = None) -> None:
+    """Refuse sequences that a model has no positions for.
+
+    Args:
+        source: a folder with the model's `config.json`, or a model's name on the hub, known to be there.
+
+    Raises:
+        ConfigError: names the longest sequence.
+    """
+    shape = AutoConfig.from_pretrained(Path(source).expanduser(), revision=revision, trust_remote_code=False)
+    # Architectures without a table of positions, such as BLOOM, state none and take any length.
+    positions = getattr(shape, "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise ConfigError(f"sequence_length is {length}, but the model takes {positions} tokens; use 2..{positions}")
+
+
+def require_model_length(length: int, model: ModelConfig) -> None:
+    """The same for an owner's full model. Raises ConfigError."""
+    require_length(length, model.source, model.revision)
+
+
+def require_empty(field: str, address: str) -> None:
+    """Refuse an output that holds something already, or that can be no folder.
+
+    Raises:
+        AlreadyExistsError: names the first thing in it.
+        ConfigError: a part of the path is a file.
+    """
+    store = open_store(address)
+    if isinstance(store, LocalStore):
+        require_folder(field, str(store.root))
+    held = next(iter(store.list()), None)
+    if held is not None:
+        raise AlreadyExistsError(f"{field} is {address!r}, which holds {held} already; name an empty one")
+
+
+def require_folder(field: str, path: str) -> None:
+    """Refuse a path that is a file or lies below one. Raises ConfigError."""
+    nearest = next(place for place in (Path(path), *Path(path).absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise ConfigError(f"{field} is {path!r}, but {nearest} is a file; name a folder")
