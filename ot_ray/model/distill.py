@@ -63,12 +63,16 @@ class _Lanes:
         self.student: torch.Tensor | None = None
 
 
-class _TeacherLayer(nn.Module):
-    """One layer of M, run without gradients on the hidden states as the layer list passes them on."""
+class _LaneLayer(nn.Module):
+    """A layer of the list that knows whether it is the first or the last of its lane."""
 
     def __init__(self, layer: nn.Module, lanes: _Lanes, first: bool, last: bool) -> None:
         super().__init__()
         self.layer, self._lanes, self._first, self._last = layer, lanes, first, last
+
+
+class _TeacherLayer(_LaneLayer):
+    """One layer of M, run without gradients on the hidden states as the layer list passes them on."""
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if self._first:
@@ -80,12 +84,8 @@ class _TeacherLayer(nn.Module):
         return output
 
 
-class _StudentLayer(nn.Module):
+class _StudentLayer(_LaneLayer):
     """One layer of E; the first starts again from what M was given, the last keeps its output."""
-
-    def __init__(self, layer: nn.Module, lanes: _Lanes, first: bool, last: bool) -> None:
-        super().__init__()
-        self.layer, self._lanes, self._first, self._last = layer, lanes, first, last
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if self._first:
@@ -134,6 +134,14 @@ class DistillModel(nn.Module):
             layers[i] = _StudentLayer(student, self._lanes, i == middle.stop, i == middle.stop + keep - 1)
         set_layers(self.model, layers)
         self._students = range(middle.stop, middle.stop + keep)
+
+    def train(self, mode: bool = True) -> DistillModel:
+        """Dropout and the like for E alone: what the teacher says must not be noise."""
+        super().train(mode)
+        self.model.eval()
+        for i in self._students:
+            layers_of(self.model)[i].train(mode)
+        return self
 
     def forward(
         self,

@@ -104,3 +104,21 @@ def test_losses_are_float32(dtype):
     distill = DistillModel(tiny_model("opt").to(dtype), PLAN, KEPT, DistillLoss())
     output = distill(input_ids=tokens(), labels=tokens())
     assert output["loss"].dtype == output["kd_loss"].dtype == output["lm_loss"].dtype == torch.float32
+
+
+def test_dropout_reaches_the_student_alone():
+    model = tiny_model("opt")
+    for module in model.modules():
+        if hasattr(module, "dropout") and isinstance(module.dropout, float):
+            module.dropout = 0.5
+    teacher, _ = _output_of(model, 4, tokens())
+    distill = DistillModel(model, PLAN, KEPT, DistillLoss()).train()
+    seen = []
+    for layer, keep in zip(layers_of(distill.model), ["", "", "", "", "teacher", "", "student", ""], strict=True):
+        if keep:
+            layer.register_forward_hook(lambda m, a, out, keep=keep: seen.append((keep, first_of(out).detach())))
+    for _ in range(2):
+        distill(input_ids=tokens(), labels=tokens())
+    outputs = {name: [out for keep, out in seen if keep == name] for name in ("teacher", "student")}
+    assert all(torch.equal(out, teacher) for out in outputs["teacher"])
+    assert not torch.equal(*outputs["student"])
