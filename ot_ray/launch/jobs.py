@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from ot_ray.errors import LaunchError
 
 DONE = {"succeeded", "failed", "stopped"}
+_AGENT_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -76,15 +77,23 @@ class RayJobLauncher:
         environment: dict[str, Any] = {"env_vars": dict(spec.environment)}
         if spec.working_dir:
             environment["working_dir"] = spec.working_dir
-        with self._refusals(f"job {spec.job_id} was not accepted"):
-            return self._client.submit_job(
-                entrypoint=shlex.join(spec.command),
-                submission_id=spec.job_id,
-                runtime_env=environment,
-                entrypoint_num_cpus=spec.cpus,
-                entrypoint_num_gpus=spec.gpus,
-                entrypoint_memory=spec.memory_bytes,
-            )
+        deadline = time.monotonic() + _AGENT_SECONDS
+        while True:
+            try:
+                with self._refusals(f"job {spec.job_id} was not accepted"):
+                    return self._client.submit_job(
+                        entrypoint=shlex.join(spec.command),
+                        submission_id=spec.job_id,
+                        runtime_env=environment,
+                        entrypoint_num_cpus=spec.cpus,
+                        entrypoint_num_gpus=spec.gpus,
+                        entrypoint_memory=spec.memory_bytes,
+                    )
+            except LaunchError as error:
+                # A cluster that has just started answers so for a while.
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(1.0)
 
     def status(self, job_id: str) -> str:
         with self._refusals(f"job {job_id} cannot be looked at"):
@@ -146,6 +155,6 @@ def wait_for_job(launcher: JobLauncher, job_id: str, show: Callable[[str], None]
 
 
 def _last_line(error: Exception) -> str:
-    # The server answers with its own stack trace; the reason stands at its end.
-    lines = str(error).strip().splitlines()
-    return lines[-1].strip() if lines else type(error).__name__
+    # The server answers with its own stack trace; the reason stands at its end, before a full stop of its own.
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" .")]
+    return lines[-1] if lines else type(error).__name__

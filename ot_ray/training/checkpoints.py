@@ -47,8 +47,7 @@ class Checkpoints:
             engine.save(folder)
             torch.save(_rank_state(stream_state), folder / f"rank-{engine.rank}.pt")
             for file in sorted(folder.rglob("*")):
-                # DeepSpeed's pointer to the newest tag is not needed: the commit says what is there.
-                if file.is_file() and file.name != "latest":
+                if file.is_file():
                     self._store.upload(file, f"{place}/{file.relative_to(folder).as_posix()}")
         engine.barrier()
         if engine.rank == 0:

@@ -46,7 +46,6 @@ class DeepSpeedEngine:
             module.float()
         # DeepSpeed takes a step of its own while it sets up bfloat16; at a rate of 0 that decays nothing.
         optimizer = torch.optim.AdamW(parameter_groups(module, config), lr=0.0, betas=config.betas)
-        computed = _computed_buffers(module)
         with contextlib.redirect_stdout(io.StringIO()):
             self._engine, self._optimizer, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=deepspeed_config(config, self.world_size)
@@ -56,9 +55,6 @@ class DeepSpeedEngine:
             optimizer.state.clear()
         self.module: nn.Module = self._engine.module
         self.device = torch.device(self._engine.device)
-        # Rounded to bfloat16, rotary frequencies would turn far positions by a radian.
-        for owner, name, buffer in computed:
-            owner._buffers[name] = buffer.to(self.device)
         self._gathered = deepspeed.utils.safe_get_full_fp32_param
 
     def step(self, micro_batches: Sequence[Batch], lr: float) -> dict[str, float]:
@@ -74,10 +70,12 @@ class DeepSpeedEngine:
             norm = self._norm_without_zero()
             self._engine.step()
             outputs.append({name: value.detach() for name, value in output.items()})
-        if norm is None:
-            # Where a gradient is not finite, DeepSpeed leaves the step out and keeps an older norm.
-            norm = self._engine.get_global_grad_norm() if self._engine.was_step_applied() else math.nan
-        return {**self.mean(mean_of(outputs)), "grad_norm": float(norm)}
+        return {**self.mean(mean_of(outputs)), "grad_norm": self._kept_norm() if norm is None else norm}
+
+    def _kept_norm(self) -> float:
+        # Where a gradient is not finite, DeepSpeed leaves the step out and keeps an older norm.
+        norm = self._engine.get_global_grad_norm() if self._engine.was_step_applied() else None
+        return math.nan if norm is None else float(norm)
 
     def _norm_without_zero(self) -> float | None:
         """The norm of the averaged gradients where DeepSpeed runs AdamW bare and keeps none itself."""
@@ -96,6 +94,9 @@ class DeepSpeedEngine:
 
     def save(self, folder: Path) -> None:
         self._engine.save_checkpoint(str(folder), tag=_TAG, exclude_frozen_parameters=True)
+        # It adds a pointer to the newest tag, which the commit replaces, and scripts; a checkpoint is data.
+        for extra in (folder / "latest", *folder.glob("*.py")):
+            extra.unlink(missing_ok=True)
 
     def load(self, folder: Path) -> None:
         path, _ = self._engine.load_checkpoint(
@@ -121,9 +122,7 @@ class DeepSpeedEngine:
         if self._config.precision == "float32":
             return parameter
         pairs = zip(self._optimizer.fp16_groups, self._optimizer.fp32_groups, strict=True)
-        return next(
-            master for pair in pairs for weight, master in zip(*pair, strict=True) if weight is parameter
-        )
+        return next(master for pair in pairs for weight, master in zip(*pair, strict=True) if weight is parameter)
 
 
 def deepspeed_config(config: TrainingConfig, world_size: int) -> dict[str, Any]:
@@ -139,16 +138,6 @@ def deepspeed_config(config: TrainingConfig, world_size: int) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
-
-
-def _computed_buffers(module: nn.Module) -> list[tuple[nn.Module, str, torch.Tensor]]:
-    """Buffers that no checkpoint holds, with their owners."""
-    return [
-        (owner, name, buffer)
-        for owner in module.modules()
-        for name, buffer in owner._buffers.items()
-        if buffer is not None and name in owner._non_persistent_buffers_set
-    ]
 
 
 def _import_deepspeed() -> Any:

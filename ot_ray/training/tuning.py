@@ -37,7 +37,8 @@ def fit(
     engine = TorchEngine(LanguageModel(model), config)
     stream = BatchStream(sequences, config.batch_size, config.seed)
     result = train(engine, stream, config, checkpoints=checkpoints, report=report, evaluate=evaluate)
-    model.to(torch.device("cpu"))  # type: ignore[arg-type]
+    # The engine has put the inner model into evaluation mode, but PEFT's own wrapper not.
+    model.eval().to(torch.device("cpu"))  # type: ignore[arg-type]
     for parameter, dtype in dtypes.items():
         parameter.data = parameter.data.to(dtype)
     return result

@@ -55,11 +55,8 @@ class Poisoned(nn.Module):
         self._passes += 1
         loss = self.inner(**batch)["loss"]
         if self._passes >= 3 and os.environ["RANK"] == "1":
-            if self._what == "loss":
-                loss = loss * float("nan")
-            else:
-                # The root's slope at 0 is infinite, and infinity times 0 is no number.
-                loss = loss + torch.sqrt(loss * 0.0)
+            # The root's slope at 0 is infinite, and infinity times 0 is no number.
+            loss = loss * float("nan") if self._what == "loss" else loss + torch.sqrt(loss * 0.0)
         return {"loss": loss}
 
 
@@ -102,9 +99,7 @@ def _trained(
 ) -> TrainingResult:
     checkpoints = Checkpoints(open_store(folder), "run", config.model_dump()) if folder else None
     device = {"device": "cpu"} if engine is TorchEngine else {}
-    return train(
-        engine(Dropped(), config, **device), stream(config), config, checkpoints=checkpoints, report=report
-    )
+    return train(engine(Dropped(), config, **device), stream(config), config, checkpoints=checkpoints, report=report)
 
 
 def _case(name: str, precision: str, stage: int) -> dict[str, Any]:

@@ -1,0 +1,64 @@
+"""Connecting to Ray: nested use, and addresses where nothing answers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ot_ray.launch.cluster import ClusterAddress
+from tests.fixtures.s3 import free_port
+
+_CONNECT = """
+import sys
+from ot_ray.errors import LaunchError
+from ot_ray.launch import ray_cluster
+for address in sys.argv[1:]:
+    try:
+        with ray_cluster(address):
+            print("connected")
+    except LaunchError as error:
+        print(f"refused: {error}")
+"""
+
+
+@pytest.mark.slow
+def test_a_second_use_takes_the_ray_that_runs(local_ray: ClusterAddress) -> None:
+    import ray
+
+    from ot_ray.launch import ray_cluster
+
+    with ray_cluster(num_cpus=1) as inner:
+        assert inner == local_ray
+    assert ray.is_initialized()
+    assert ray.cluster_resources()["CPU"] == 4
+
+
+@pytest.mark.slow
+def test_another_process_reaches_it_by_its_address(local_ray: ClusterAddress) -> None:
+    assert local_ray.dashboard is not None
+    assert local_ray.dashboard.startswith("http://127.0.0.1:")
+    assert _lines(local_ray.ray) == ["connected"]
+
+
+def test_wrong_addresses_are_refused_at_once() -> None:
+    closed = f"127.0.0.1:{free_port()}"
+    start = time.monotonic()
+    nowhere, client, nonsense, port = _lines(closed, f"ray://{closed}", "http://127.0.0.1:8265", "127.0.0.1:99999")
+    assert time.monotonic() - start < 60
+    assert nowhere.startswith(f"refused: address is '{closed}', where no Ray cluster answers")
+    assert client.startswith(f"refused: address is 'ray://{closed}', where no Ray cluster answers")
+    assert nonsense == "refused: address is 'http://127.0.0.1:8265'; use host:port, ray://host:port or auto"
+    assert "127.0.0.1:99999" in port
+
+
+def _lines(*addresses: str) -> list[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    shown = subprocess.run(
+        [sys.executable, "-c", _CONNECT, *addresses], capture_output=True, text=True, timeout=120, env=environment
+    )
+    assert shown.returncode == 0, shown.stderr
+    return shown.stdout.splitlines()

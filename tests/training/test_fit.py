@@ -1,0 +1,34 @@
+"""Tuning in place, as a customer's machine does it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ot_ray.evaluation import mean_loss
+from ot_ray.model import LoraSettings, SplitPlan, prepare_tuning
+from ot_ray.training import fit
+from tests.fixtures.models import tiny_model
+from tests.training.samples import sequences, training
+
+PLAN = SplitPlan(bottom=1, keep=1, top=1)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fit_lowers_the_loss_and_keeps_types_and_frozen_weights(method, precision, dtype):
+    model = tiny_model("llama", depth=3).to(dtype)
+    before, start = {name: p.clone() for name, p in model.named_parameters()}, mean_loss(model, sequences())
+    tuned = prepare_tuning(model, PLAN, method, LoraSettings(rank=4))
+    dtypes = {name: p.dtype for name, p in tuned.named_parameters()}
+    config = training(steps=20, precision=precision, batch_size=10, lr=1e-2, warmup_steps=0)
+    plain = tuned.get_base_model() if method == "lora" else tuned
+    result = fit(tuned, sequences(), config, evaluate=lambda: {"validation_loss": mean_loss(plain, sequences())})
+    assert result.evaluations[-1]["validation_loss"] < start
+    assert {name: p.dtype for name, p in tuned.named_parameters()} == dtypes
+    assert not tuned.training
+    assert mean_loss(plain, sequences()) == pytest.approx(result.evaluations[-1]["validation_loss"], rel=2e-2)
+    middle = {name: p for name, p in before.items() if ".layers.1." in name or "embed" in name or "lm_head" in name}
+    after = {name.replace("base_model.model.", ""): p for name, p in tuned.named_parameters()}
+    assert middle and all(torch.equal(after[name], tensor) for name, tensor in middle.items())
