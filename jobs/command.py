@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_args
 
 from ot_ray.config import Config, load
 from ot_ray.errors import OTRayError
@@ -87,8 +87,12 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    import torch
     import transformers
 
+    if not torch.cuda.is_available():
+        # Unless it is told, DeepSpeed says on standard output what it found.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
@@ -97,10 +101,15 @@ def quiet_libraries() -> None:
 def _fields(cls: type[Config], prefix: str = "") -> str:
     lines = []
     for name, field in cls.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, Config):
-            lines.append(_fields(inner, f"{prefix}{name}."))
+        section = next((part for part in _parts(field.annotation) if issubclass(part, Config)), None)
+        if section is not None:
+            lines.append(_fields(section, f"{prefix}{name}."))
             continue
         default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
         lines.append(f"  {prefix}{name}  ({default})\n      {' '.join((field.description or '').split())}")
     return "\n".join(lines) if prefix else "settings:\n" + "\n".join(lines)
+
+
+def _parts(annotation: Any) -> list[type]:
+    # An optional section is a union of the section and None.
+    return [part for part in (annotation, *get_args(annotation)) if isinstance(part, type)]

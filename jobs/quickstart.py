@@ -58,7 +58,7 @@ class QuickstartConfig(Config):
     """Tuning the adapter, and full fine-tuning for reference."""
     seed: int = Field(default=0, ge=0)
     """Splits the customer's text."""
-    prompt: str = "The try statement"
+    prompt: str = "A class definition"
     """What both models are asked to continue."""
     port: int = Field(default=8000, ge=1, le=65535)
     """Where the service listens."""

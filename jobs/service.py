@@ -50,7 +50,7 @@ def running_service(config: dict[str, Any], address: str, timeout_s: float = 180
             _stop(process)
 
 
-def complete(url: str, model: str, prompt: str, max_tokens: int = 40) -> str:
+def complete(url: str, model: str, prompt: str, max_tokens: int = 24) -> str:
     """Ask a model for its most likely continuation of a prompt, over HTTP."""
     body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
     request = urllib.request.Request(

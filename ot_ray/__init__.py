@@ -12,7 +12,16 @@ if TYPE_CHECKING:
     from ot_ray.data import DataConfig, load_sequences
     from ot_ray.errors import OTRayError
     from ot_ray.evaluation import FiveSettings, perplexity
-    from ot_ray.model import DistillLoss, DistillModel, SplitPlan, adapter_state, emulate, plug_in, prepare_tuning
+    from ot_ray.model import (
+        DistillLoss,
+        DistillModel,
+        SplitPlan,
+        adapter_state,
+        emulate,
+        plug_in,
+        prepare_tuning,
+        uniform_layers,
+    )
     from ot_ray.store import open_store
     from ot_ray.training import TrainingConfig, fit
 
@@ -39,6 +48,7 @@ __all__ = [
     "plain_state",
     "plug_in",
     "prepare_tuning",
+    "uniform_layers",
     "write_adapter",
     "write_bundle",
 ]
@@ -63,6 +73,7 @@ _ROOMS = {
     "plain_state": "artifacts",
     "plug_in": "model",
     "prepare_tuning": "model",
+    "uniform_layers": "model",
     "write_adapter": "artifacts",
     "write_bundle": "artifacts",
 }

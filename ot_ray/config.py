@@ -9,7 +9,8 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -48,23 +49,24 @@ def load(cls: type[C], path: str | Path | None = None, overrides: Iterable[str] 
     Args:
         cls: the configuration class to fill.
         path: a YAML file whose top level is a mapping; ``None`` starts from the defaults.
-        overrides: ``section.key=value`` strings; the value is read as YAML (``training.lr=1e-4``).
+        overrides: ``section.key=value`` strings; the value is read as YAML (``training.lr=1e-4``), but taken
+            as it stands where the field is text (``version=1``).
 
     Raises:
         ConfigError: the file is missing or no mapping, an override has no ``=``, a key is unknown
             (the nearest valid key is named), or a value has the wrong type or range.
     """
     values = _read_yaml(Path(path)) if path is not None else {}
-    for override in overrides:
-        _apply(values, override)
-    return parse(cls, values, where=str(path) if path is not None else "the configuration")
+    overridden = {_apply(cls, values, override): f"override {override!r}" for override in overrides}
+    return parse(cls, values, str(path) if path is not None else "the configuration", overridden)
 
 
-def parse(cls: type[C], values: Mapping[str, Any], where: str) -> C:
+def parse(cls: type[C], values: Mapping[str, Any], where: str, origins: Mapping[str, str] | None = None) -> C:
     """Check plain values against a configuration class.
 
     Args:
         where: the file or object that the values come from, for error messages.
+        origins: where single fields come from instead, by their dotted names.
 
     Raises:
         ConfigError: one line for each problem, naming field, value and way out.
@@ -72,7 +74,7 @@ def parse(cls: type[C], values: Mapping[str, Any], where: str) -> C:
     try:
         return cls.model_validate(dict(values))
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(cls, item, where) for item in error.errors())) from None
+        raise ConfigError("\n".join(_explain(cls, item, where, origins or {}) for item in error.errors())) from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -91,7 +93,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def _apply(cls: type[BaseModel], values: dict[str, Any], override: str) -> str:
+    """Put an override into the values; return the dotted name of its field."""
     key, sign, text = override.partition("=")
     if not sign or not key.strip():
         raise ConfigError(f"{override!r} is not an override; write section.key=value")
@@ -103,7 +106,12 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if not isinstance(inner, dict):
             raise ConfigError(f"{override!r}: {section} is {inner!r}, not a section that holds keys")
         values = inner
-    values[leaf] = _yaml_value(text, override)
+    value = _yaml_value(text, override)
+    owner = _class_at(cls, sections)
+    # YAML would make a number or a date of a version; whoever sets a text field means the text.
+    as_it_stands = owner is not None and _is_text(owner, leaf) and not isinstance(value, str | None)
+    values[leaf] = text.strip() if as_it_stands else value
+    return key.strip()
 
 
 def _yaml_value(text: str, override: str) -> Any:
@@ -113,9 +121,10 @@ def _yaml_value(text: str, override: str) -> Any:
         raise ConfigError(f"{override!r}: the value is not valid YAML; quote it") from None
 
 
-def _explain(cls: type[BaseModel], item: Any, where: str) -> str:
+def _explain(cls: type[BaseModel], item: Any, where: str, origins: Mapping[str, str]) -> str:
     location = [str(part) for part in item["loc"]]
     field = ".".join(location)
+    where = origins.get(field, where)
     if item["type"] == "extra_forbidden":
         owner = _class_at(cls, location[:-1])
         valid = list(owner.model_fields) if owner else []
@@ -130,6 +139,13 @@ def _explain(cls: type[BaseModel], item: Any, where: str) -> str:
     # A rule between the fields of a section names them itself; the section's whole text would bury it.
     value = "" if isinstance(item["input"], Mapping) else f" is {item['input']!r}"
     return f"{where}: {field}{value}: {message}" if field else f"{where}: {message}"
+
+
+def _is_text(owner: type[BaseModel], field: str) -> bool:
+    if field not in owner.model_fields:
+        return False
+    annotation = owner.model_fields[field].annotation
+    return annotation is str or set(get_args(annotation)) == {str, NoneType}
 
 
 def _class_at(cls: type[BaseModel], path: list[str]) -> type[BaseModel] | None:

@@ -75,8 +75,15 @@ def test_what_is_quoted_or_no_number_stays_text(text: str) -> None:
     assert load(Whole, overrides=[f"name={text}"]).name == text.strip("'")
 
 
-def test_a_number_where_text_belongs_says_to_quote_it() -> None:
-    assert refusal("name=1.0").endswith("name is 1.0: Input should be a valid string; put it in quotes")
+def test_a_number_where_text_belongs_in_a_file_says_to_quote_it(tmp_path: Path) -> None:
+    refused = refusal(path=write(tmp_path, "name: 1.0\n"))
+    assert refused.endswith("name is 1.0: Input should be a valid string; put it in quotes")
+
+
+@pytest.mark.parametrize("text", ["1", "1.0", "2026-11-21", "1e-4", "true", "0x10"])
+def test_an_override_of_a_text_field_is_taken_as_it_stands(text: str) -> None:
+    whole = load(Whole, overrides=[f"name={text}", f"other.folder={text}"])
+    assert (whole.name, whole.other.folder) == (text, text)  # type: ignore[union-attr]
 
 
 def test_configurations_are_frozen() -> None:
@@ -87,7 +94,7 @@ def test_configurations_are_frozen() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["nmae=a", "name=a"], "the configuration: unknown key nmae; did you mean name?"),
+        (["nmae=a", "name=a"], "override 'nmae=a': unknown key nmae; did you mean name?"),
         (["name=a", "section.rates.stpes=1"], "unknown key section.rates.stpes; did you mean steps?"),
         (["name=a", "other.rates.stpes=1"], "unknown key other.rates.stpes; did you mean steps?"),
         (["name=a", "section.rates.qqq=1"], "unknown key section.rates.qqq; valid keys: lr, steps, kind"),
@@ -114,7 +121,8 @@ def test_refusals_name_field_value_and_way_out(overrides: list[str], message: st
 def test_each_problem_has_a_line_of_its_own() -> None:
     lines = refusal("nmae=a", "section.rates.lr=-1").splitlines()
     assert len(lines) == 3
-    assert all(line.startswith("the configuration: ") for line in lines)
+    starts = ("the configuration: name", "override 'nmae=a': ", "override 'section.rates.lr=-1': ")
+    assert sorted(line.startswith(starts) for line in lines) == [True] * 3
 
 
 @pytest.mark.parametrize(

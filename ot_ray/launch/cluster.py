@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
@@ -37,8 +38,8 @@ def ray_cluster(
     Args:
         address: an existing cluster, `host:port`, `ray://host:port` or `auto`; unset, the one this process
             already belongs to (a Ray job, or `RAY_ADDRESS`), or else a new one on this machine, which is
-            stopped at the end. A new one listens on the loopback interface and asks for a token of its own,
-            unless `RAY_AUTH_MODE` says otherwise.
+            stopped at the end. A new one's dashboard listens on the loopback interface, and it asks for a
+            token of its own, unless `RAY_AUTH_MODE` says otherwise.
         num_cpus: logical CPUs of a new cluster.
         dashboard: whether a new cluster has one; the Jobs API is part of it.
         show_logs: print here what tasks and actors print there.
@@ -58,16 +59,11 @@ def ray_cluster(
         return
     if address is not None:
         _require_listener(address)
+    # Options of a cluster that is being started are refused for one that exists.
+    new = {} if address else {"num_cpus": num_cpus, "include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}
     try:
-        ray.init(
-            address=address or "local",
-            logging_level=logging.ERROR,
-            log_to_driver=show_logs,
-            # Options of a cluster that is being started are refused for one that exists.
-            **(
-                {} if address else {"num_cpus": num_cpus, "include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}
-            ),
-        )
+        with _free_agent_port():
+            ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=show_logs, **new)
     except (ConnectionError, RuntimeError, ValueError) as error:
         target = f"connect to Ray at {address}" if address else "start a local Ray"
         raise LaunchError(f"could not {target}: {str(error).strip()}; check the address and `ray status`") from None
@@ -90,6 +86,20 @@ def _require_listener(address: str) -> None:
         raise LaunchError(
             f"address is {address!r}, where no Ray cluster answers ({error}); check it with `ray status`"
         ) from None
+
+
+@contextmanager
+def _free_agent_port() -> Iterator[None]:
+    # The agent that starts jobs asks for one fixed port, which `ray.init` has no option for. A second Ray on
+    # one machine would go without it, and take no jobs.
+    from ray._private import parameter
+
+    original = parameter.RayParams
+    parameter.RayParams = functools.partial(original, dashboard_agent_listen_port=0)  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        parameter.RayParams = original
 
 
 def _choose_authentication() -> None:

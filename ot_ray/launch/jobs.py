@@ -64,8 +64,9 @@ class RayJobLauncher:
         # Ray chooses its authentication when imported: after `ray_cluster` has said which.
         from ray.job_submission import JobSubmissionClient
 
-        # It tells of every package it uploads and every connection it closes.
-        logging.getLogger("ray.dashboard").setLevel(logging.WARNING)
+        # They tell of every package they upload and every connection they close.
+        for module in ("dashboard_sdk", "job.sdk"):
+            logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
         try:
             self._client = JobSubmissionClient(address)
         except (ConnectionError, RuntimeError, ValueError) as error:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ot_ray.config import Config
@@ -57,7 +58,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
             trust_remote_code=False,
             use_safetensors=True,
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise _unreadable(config, error) from None
     family_of(model)
     return model.eval()

@@ -55,6 +55,23 @@ def test_wrong_addresses_are_refused_at_once() -> None:
     assert "127.0.0.1:99999" in port
 
 
+@pytest.mark.slow
+def test_a_second_ray_on_the_machine_takes_jobs_too(local_ray: ClusterAddress) -> None:
+    code = """
+import sys
+from ot_ray.launch import JobSpec, RayJobLauncher, ray_cluster, wait_for_job
+with ray_cluster(num_cpus=1) as cluster:
+    print(cluster.ray)
+    launcher = RayJobLauncher(cluster.dashboard)
+    wait_for_job(launcher, launcher.submit(JobSpec("second", [sys.executable, "-c", "print('ran')"])), print)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, env=environment)
+    assert shown.returncode == 0, shown.stderr
+    assert local_ray.ray not in shown.stdout
+    assert "ran" in shown.stdout.split()
+
+
 def _lines(*addresses: str) -> list[str]:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     shown = subprocess.run(
