@@ -13,8 +13,8 @@ import ot_ray
 PUBLIC = {
     "BundleSource", "DataConfig", "DistillLoss", "DistillModel", "FiveSettings", "OTRayError", "SplitPlan",
     "TrainingConfig", "__version__", "adapter_state", "emulate", "fit", "inspect_adapter", "load_sequences",
-    "open_bundle", "open_store", "perplexity", "plain_state", "plug_in", "prepare_tuning", "uniform_layers", "write_adapter",
-    "write_bundle",
+    "open_bundle", "open_store", "perplexity", "plain_state", "plug_in", "prepare_tuning", "uniform_layers",
+    "write_adapter", "write_bundle",
 }  # fmt: skip
 
 
