@@ -9,7 +9,8 @@ STAMP := $(VENV)/.installed
 # Installs, then compiles DeepSpeed's operator once, so that no run has to.
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	$(BIN)/python -m pip install --disable-pip-version-check --editable ".[dev]"
+	@echo "Compiling DeepSpeed's CPU operator (about 40 seconds)"
 	$(BIN)/python -m ot_ray.training.extensions
 	touch $(STAMP)
 
