@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from jobs.command import config_file, quiet_libraries, run_command
 from jobs.limits import require_model_length
@@ -68,17 +68,9 @@ def run(config: MakeEmulatorConfig) -> dict[str, Any]:
     tokenizer, held_out = _check(config)
     with ray_cluster(config.address):
         summary = run_workers(distill_on_worker, _for_workers(config), config.workers, config.run)
-    state = distilled_state(store, config.run)
     model = load_model(config.model)
     kept = kept_layers(depth_of(model), config.split)
-    emulated = emulate(model, config.split, kept)
-    gap = {}
-    if held_out:
-        gap["full"], gap["dropped"] = perplexity(model, held_out), perplexity(emulated, held_out)
-        load_emulator(emulated, config.split, state)
-        gap["distilled"] = perplexity(emulated, held_out)
-    else:
-        load_emulator(emulated, config.split, state)
+    emulated, gap = _emulated(config, model, kept, held_out)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "bundle"
         manifest = write_bundle(
@@ -94,18 +86,26 @@ def run(config: MakeEmulatorConfig) -> dict[str, Any]:
             expires=_expiry(config.expires_days),
             private_key=Path(config.private_key) if config.private_key else None,
         )
-        result = {
-            "published": f"bundles/{config.model.name}/{config.version}",
-            "bundle_id": manifest.bundle_id,
-            "emulator_gap": gap,
-            **summary,
-        }
+        published = f"bundles/{config.model.name}/{config.version}"
+        result = {"published": published, "bundle_id": manifest.bundle_id, "emulator_gap": gap, **summary}
         # The owner's own record holds what a bundle must not tell. It comes first, because a version that is
         # published is never made again, and its record would be missing for ever.
         record = {**result, "depth": depth_of(model), "kept": kept, "config": config.model_dump(mode="json")}
         store.write(f"records/{config.model.name}/{config.version}.json", json.dumps(record, indent=2).encode())
         publish_bundle(bundles, folder)
     return result
+
+
+def _emulated(
+    config: MakeEmulatorConfig, model: PreTrainedModel, kept: list[int], held_out: list[PackedSequence]
+) -> tuple[PreTrainedModel, dict[str, float]]:
+    """The emulated model with its distilled weights, and the emulator gap: perplexities on held-out text."""
+    emulated = emulate(model, config.split, kept)
+    gap = {"full": perplexity(model, held_out), "dropped": perplexity(emulated, held_out)} if held_out else {}
+    load_emulator(emulated, config.split, distilled_state(open_store(config.store), config.run))
+    if held_out:
+        gap["distilled"] = perplexity(emulated, held_out)
+    return emulated, gap
 
 
 def _check(config: MakeEmulatorConfig) -> tuple[PreTrainedTokenizerBase, list[PackedSequence]]:

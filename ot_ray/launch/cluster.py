@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from ot_ray.errors import LaunchError
+from ot_ray.errors import LaunchError, MissingDependencyError
 
 _ADDRESS = re.compile(r"(?:ray://)?(?P<host>[^/:\s]+|\[[0-9a-fA-F:]+\]):(?P<port>[0-9]{1,5})")
 _CONNECT_SECONDS = 5.0
@@ -46,13 +46,19 @@ def ray_cluster(
 
     Raises:
         LaunchError: Ray could not be reached or started.
+        MissingDependencyError: Ray is not installed.
     """
     address = address or os.environ.get("RAY_ADDRESS")
     if address is None:
         _choose_authentication()
         # A cluster of this one machine has no nodes to be preempted, and its watcher prints errors.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    import ray
+    try:
+        import ray
+    except ImportError:
+        raise MissingDependencyError(
+            "Ray is not installed; install the platform's part: pip install 'ot_ray[platform]'"
+        ) from None
 
     if ray.is_initialized():
         yield _address()

@@ -1,9 +1,8 @@
-"""One tiny model and tokenizer for all tests of the service, and, for those that need it, one local Ray."""
+"""One tiny model and tokenizer for all tests of the service."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -52,13 +51,3 @@ def checkpoint(
     base.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="session")
-def local_ray() -> Iterator[None]:
-    """A Ray of our own, for as long as the tests run."""
-    import ray
-
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()

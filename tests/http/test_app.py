@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from ot_ray.artifacts import Registry
 from ot_ray.config import parse
 from ot_ray.errors import ConfigError, LaunchError, PortInUseError
+from ot_ray.launch.cluster import ClusterAddress
 from ot_ray.model import plug_in
 from ot_ray.store import open_store
 from serve.__main__ import main
@@ -62,7 +63,7 @@ def config(checkpoint: Path, tenants: tuple[str, dict[str, PreTrainedModel]]) ->
 
 
 @pytest.fixture(scope="module")
-def url(local_ray: None, config: ServeConfig) -> Iterator[str]:
+def url(local_ray: ClusterAddress, config: ServeConfig) -> Iterator[str]:
     yield run(config)
     shutdown()
 
@@ -79,7 +80,7 @@ def greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def test_model_that_cannot_be_loaded_is_told_and_leaves_nothing(
-    local_ray: None, config: ServeConfig, tmp_path: Path
+    local_ray: ClusterAddress, config: ServeConfig, tmp_path: Path
 ) -> None:
     model = config.model.model_copy(update={"source": str(tmp_path)})
     with pytest.raises(LaunchError, match=rf"model.source is '{tmp_path}'"):
@@ -184,7 +185,7 @@ def test_wrong_args_name_the_field() -> None:
         build_app({"model": {"name": "tiny", "source": "x"}, "max_plugins": 3})
 
 
-def test_command_serves_until_interrupted(local_ray: None, config: ServeConfig, tmp_path: Path) -> None:
+def test_command_serves_until_interrupted(local_ray: ClusterAddress, config: ServeConfig, tmp_path: Path) -> None:
     shutdown()
     file = tmp_path / "serve.yaml"
     file.write_text(json.dumps(config.model_dump(exclude={"port"})))
