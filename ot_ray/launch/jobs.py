@@ -4,8 +4,10 @@ several owners are not walled off from each other; see docs/architecture.md for 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import shlex
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from typing import Any, Protocol
 from ot_ray.errors import LaunchError
 
 DONE = {"succeeded", "failed", "stopped"}
+_STOP_SECONDS = 10.0
 _AGENT_SECONDS = 60.0
 
 
@@ -148,11 +151,23 @@ def wait_for_job(launcher: JobLauncher, job_id: str, show: Callable[[str], None]
         while (status := launcher.status(job_id)) not in DONE:
             time.sleep(0.2)
     except BaseException:
-        launcher.stop(job_id)
+        _stop_if_it_can(launcher, job_id)
         raise
     if status != "succeeded":
         detail = last or launcher.message(job_id)
         raise LaunchError(f"job {job_id} ended as {status}: {detail}")
+
+
+def _stop_if_it_can(launcher: JobLauncher, job_id: str) -> None:
+    # Ctrl-C on a terminal reaches Ray's own workers too, the job's keeper among them; the Jobs API then never
+    # answers. The job ends with its keeper, so that there is nothing to wait for.
+    def stop() -> None:
+        with contextlib.suppress(Exception):
+            launcher.stop(job_id)
+
+    thread = threading.Thread(target=stop, name=f"stop {job_id}", daemon=True)
+    thread.start()
+    thread.join(_STOP_SECONDS)
 
 
 def _last_line(error: Exception) -> str:

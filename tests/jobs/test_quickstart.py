@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,41 +48,33 @@ def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
     )
 
 
-def left_over(session: int) -> list[str]:
-    """Processes of a session that are still there a moment after its leader ended."""
-    deadline = time.monotonic() + 15
-    while True:
-        alive = []
-        for process in psutil.process_iter(["pid", "cmdline", "status"]):
-            try:
-                if os.getsid(process.pid) == session and process.info["status"] != psutil.STATUS_ZOMBIE:
-                    alive.append(" ".join(process.info["cmdline"] or ["?"])[:120])
-            except ProcessLookupError:
-                continue
-        if not alive or time.monotonic() > deadline:
-            return alive
-        time.sleep(0.2)
+def left_over(family: list[psutil.Process]) -> list[str]:
+    """Processes of a family that are still there a moment after its head ended."""
+    _, alive = psutil.wait_procs(family, timeout=15)
+    return [str(process) for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
 @pytest.fixture
-def session(request: pytest.FixtureRequest) -> Iterator[list[int]]:
-    """Sessions to clear away, should a test fail before its processes end."""
-    started: list[int] = []
-    yield started
-    for leader in started:
-        for process in psutil.process_iter():
-            try:
-                if os.getsid(process.pid) == leader:
-                    process.kill()
-            except (ProcessLookupError, psutil.Error):
-                continue
+def family() -> Iterator[list[psutil.Process]]:
+    """A process and its descendants, cleared away should a test fail before they end."""
+    members: list[psutil.Process] = []
+    yield members
+    for process in members:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
 
 
-def test_six_steps_end_with_the_promises_kept(tmp_path: Path, session: list[int]) -> None:
+def test_six_steps_end_with_the_promises_kept(tmp_path: Path, family: list[psutil.Process]) -> None:
     process = start(tmp_path / "runs")
-    session.append(process.pid)
-    output, _ = process.communicate(timeout=280)
-    assert process.returncode == 0, output
+    family.append(psutil.Process(process.pid))
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("[6/6] done"):
+            family += family[0].children(recursive=True)
+    output = "".join(lines)
+    assert process.wait(60) == 0, output
     for step in range(1, 7):
         assert f"[{step}/6] done in" in output
     (run,) = (tmp_path / "runs").iterdir()
@@ -96,24 +88,26 @@ def test_six_steps_end_with_the_promises_kept(tmp_path: Path, session: list[int]
     # Both models answered over HTTP, and the plug-in is the one that was promoted.
     assert "docs: 'A class definition' -> " in output
     assert f"{summary['plug_in']}: 'A class definition' -> " in output
-    assert left_over(process.pid) == []
+    assert left_over(family) == []
 
 
-def test_the_tuning_job_was_handed_no_more_than_it_may_see(tmp_path: Path, session: list[int]) -> None:
+def test_the_tuning_job_was_handed_no_more_than_it_may_see(tmp_path: Path, family: list[psutil.Process]) -> None:
     """Interrupted while the job runs: nothing stays behind, and what the job got lies open."""
     process = start(tmp_path / "runs", "tune.steps=4000")
-    session.append(process.pid)
+    family.append(psutil.Process(process.pid))
     assert process.stdout is not None
     seen = []
     for line in process.stdout:
         seen.append(line)
         if line.startswith("tune:"):
             break
+    family += family[0].children(recursive=True)
+    assert any("jobs.tune" in member.cmdline() for member in family)
     os.killpg(process.pid, signal.SIGINT)
     rest, _ = process.communicate(timeout=90)
     assert process.returncode == 130, "".join(seen) + rest
     assert rest.rstrip().endswith("interrupted")
-    assert left_over(process.pid) == []
+    assert left_over(family) == []
     (run,) = (tmp_path / "runs").iterdir()
     assert not list((run / "adapter").glob("*")), "an adapter that was not finished is not there"
     handed = sorted(path.name for path in (run / "tuning-job").iterdir())
