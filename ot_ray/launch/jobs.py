@@ -151,23 +151,27 @@ def wait_for_job(launcher: JobLauncher, job_id: str, show: Callable[[str], None]
         while (status := launcher.status(job_id)) not in DONE:
             time.sleep(0.2)
     except BaseException:
-        _stop_if_it_can(launcher, job_id)
+        _stop_if_it_can(launcher, job_id, show)
         raise
     if status != "succeeded":
         detail = last or launcher.message(job_id)
         raise LaunchError(f"job {job_id} ended as {status}: {detail}")
 
 
-def _stop_if_it_can(launcher: JobLauncher, job_id: str) -> None:
-    # Ctrl-C on a terminal reaches Ray's own workers too, the job's keeper among them; the Jobs API then never
-    # answers. The job ends with its keeper, so that there is nothing to wait for.
+def _stop_if_it_can(launcher: JobLauncher, job_id: str, show: Callable[[str], None]) -> None:
+    # After Ctrl-C on a terminal, which reaches every process of its group, Ray's Jobs API was seen never to answer.
+    stopped: list[str] = []
+
     def stop() -> None:
         with contextlib.suppress(Exception):
             launcher.stop(job_id)
+            stopped.append(job_id)
 
     thread = threading.Thread(target=stop, name=f"stop {job_id}", daemon=True)
     thread.start()
     thread.join(_STOP_SECONDS)
+    if not stopped:
+        show(f"job {job_id} could not be stopped and ends with its cluster; if that goes on: ray job stop {job_id}")
 
 
 def _last_line(error: Exception) -> str:
