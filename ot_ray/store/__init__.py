@@ -7,6 +7,7 @@ from __future__ import annotations
 from ot_ray.store.base import ObjectInfo, Store
 from ot_ray.store.local import LocalStore
 from ot_ray.store.open import open_store
+from ot_ray.store.patient import PatientStore
 from ot_ray.store.s3 import S3Store
 from ot_ray.store.s3_address import S3Address
 from ot_ray.store.transfer import download_folder, upload_folder
@@ -14,6 +15,7 @@ from ot_ray.store.transfer import download_folder, upload_folder
 __all__ = [
     "LocalStore",
     "ObjectInfo",
+    "PatientStore",
     "S3Address",
     "S3Store",
     "Store",

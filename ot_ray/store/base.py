@@ -5,7 +5,7 @@ Where the bytes lie is left to `local` and `s3`; whole folders are left to `tran
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -21,12 +21,14 @@ Advance = Callable[[int], None]  # called with the number of bytes moved since t
 class ObjectInfo:
     """One object: its key, its size in bytes, its sha256 in hexadecimal.
 
-    `sha256` is None where the store keeps none: objects in a folder, objects that others put on S3.
+    `sha256` is None where the store keeps none: objects in a folder, objects that others put on S3. `etag` is
+    what S3 says of the bytes, another text for other bytes; None in a folder.
     """
 
     key: str
     size: int
     sha256: str | None
+    etag: str | None = field(default=None, compare=False)
 
 
 class Store(Protocol):

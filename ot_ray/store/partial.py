@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 from uuid import uuid4
 
-from ot_ray.errors import AlreadyExistsError, NotFoundError, StoreError, StoreFullError
+from ot_ray.errors import AlreadyExistsError, NotFoundError, StoreError, StoreFullError, StoreUnavailableError
 from ot_ray.store.base import TEMPORARY, Advance
 
 CHUNK = 4 * 1024 * 1024  # bytes read or hashed at a time
@@ -28,6 +28,11 @@ _MEANING: dict[int, tuple[type[StoreError], str]] = {
     errno.EDQUOT: (StoreFullError, "raise the quota or free some space; nothing was written"),
     errno.EACCES: (StoreError, "check the permissions of the file and its folders"),
     errno.EROFS: (StoreError, "choose a folder that can be written"),
+    # What a folder of another machine answers while that machine or the network is away.
+    **dict.fromkeys(
+        (errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT),
+        (StoreUnavailableError, "check the network folder"),
+    ),
 }
 
 

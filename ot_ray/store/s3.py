@@ -25,7 +25,7 @@ from ot_ray.store.base import (
 )
 from ot_ray.store.partial import chunks_of, disk_errors, save
 from ot_ray.store.s3_address import S3Address
-from ot_ray.store.s3_failures import PreconditionFailedError, Retry, load_boto3
+from ot_ray.store.s3_failures import PreconditionFailedError, RangeBeyondEndError, Retry, load_boto3
 
 _MOST_PARTS = 10_000  # S3's limit for one upload
 _LONGEST_CONNECT = 10.0  # seconds
@@ -60,13 +60,17 @@ class S3Store:
 
     def read_range(self, key: str, start: int, end: int) -> bytes:
         check_range(key, start, end)
-        # S3 refuses a range that starts at the object's end or beyond, and knows no empty one.
-        end = min(end, self.info(key).size)
-        return self._get(key, Range=f"bytes={start}-{end - 1}") if start < end else b""
+        if start == end:  # S3 knows no empty range
+            self._head(key)
+            return b""
+        try:
+            return self._get(key, Range=f"bytes={start}-{end - 1}")
+        except RangeBeyondEndError:
+            return b""
 
     def info(self, key: str) -> ObjectInfo:
         head = self._head(key)
-        return ObjectInfo(key, head["ContentLength"], head["Metadata"].get("sha256"))
+        return ObjectInfo(key, head["ContentLength"], head["Metadata"].get("sha256"), head["ETag"])
 
     def exists(self, key: str) -> bool:
         try:

@@ -50,6 +50,10 @@ class PreconditionFailedError(StoreError):
     """An object stands where a request said none stands, or is not the one that the request named."""
 
 
+class RangeBeyondEndError(StoreError):
+    """A range begins where the object ends, or after."""
+
+
 def load_boto3() -> Any:
     """The boto3 package. Raises MissingDependencyError."""
     try:
@@ -122,6 +126,8 @@ def _final(error: Exception, task: str) -> StoreError:
         return NotFoundError(f"{task}: no object stands there; check the key")
     if status == 412:
         return PreconditionFailedError(f"{task}: the object was replaced meanwhile; start again")
+    if status == 416:
+        return RangeBeyondEndError(f"{task}: the range begins beyond the object's end; ask for less")
     if code in _FULL or status == 507:
         return StoreFullError(f"{task}: the bucket is full ({code}); free some space or raise the quota")
     if code in _CREDENTIALS:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -10,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from ot_ray.errors import AlreadyExistsError, StoreError
+from ot_ray.errors import AlreadyExistsError, StoreError, StoreUnavailableError
 from ot_ray.store import LocalStore
+from ot_ray.store.partial import disk_errors
 
 FULL_DISK = """
 import sys
@@ -92,3 +95,12 @@ def test_url_quotes_what_a_url_cannot_hold(tmp_path: Path) -> None:
     store = LocalStore(tmp_path / "a b#c?d%20é")
     assert store.url.startswith("file:///")
     assert not set(store.url) & set(" #?é")
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT])
+def test_a_network_folder_that_is_away_counts_as_unavailable(number: int) -> None:
+    with (
+        pytest.raises(StoreUnavailableError, match=r"cannot read x: .*; check the network folder"),
+        disk_errors("cannot read x"),
+    ):
+        raise OSError(number, os.strerror(number))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -200,8 +201,12 @@ def test_list_and_delete_go_past_one_page(s3_url: str) -> None:
     assert isinstance(store, S3Store)
     keys = [f"many/{number:04d}" for number in range(1003)]
     client = store._connect()
-    for key in keys:
+
+    def put(key: str) -> None:
         client.put_object(Bucket=store.address.bucket, Key=f"root/{key}", Body=b"")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(put, keys))
     assert list(store.list("many")) == keys
     store.write("other", b"")
     store.delete_prefix("many")
