@@ -3,32 +3,44 @@ Ray or training loops."""
 
 from __future__ import annotations
 
-from ot_ray.data.batches import BatchStream
+from ot_ray.data.batches import Batches, BatchStream, rows_of
 from ot_ray.data.cpython import docstrings, language_reference, write_quickstart_data
+from ot_ray.data.digest import source_digest
 from ot_ray.data.documents import DataConfig, read_documents
 from ot_ray.data.examples import Conversation, Document, Example, Message, Segment
+from ot_ray.data.files import FileInfo, Files, bucket_address
 from ot_ray.data.load import Counts, PackedDataset, load_sequences
 from ot_ray.data.packing import PackedSequence, collate, pack
+from ot_ray.data.streaming import StreamConfig, TextStream, open_stream
 from ot_ray.data.tokens import TokenSpan, tokenize
 
 __all__ = [
     "BatchStream",
+    "Batches",
     "Conversation",
     "Counts",
     "DataConfig",
     "Document",
     "Example",
+    "FileInfo",
+    "Files",
     "Message",
     "PackedDataset",
     "PackedSequence",
     "Segment",
+    "StreamConfig",
+    "TextStream",
     "TokenSpan",
+    "bucket_address",
     "collate",
     "docstrings",
     "language_reference",
     "load_sequences",
+    "open_stream",
     "pack",
     "read_documents",
+    "rows_of",
+    "source_digest",
     "tokenize",
     "write_quickstart_data",
 ]

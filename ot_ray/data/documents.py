@@ -1,38 +1,30 @@
-"""Where training text comes from: a file, a glob, a folder or a Hugging Face dataset, as one stream.
+"""Where training text comes from: files, a bucket or a Hugging Face dataset, as one stream of documents.
 
-Reading each format is `readers`' part; tokenising and packing come after."""
+Finding files is `files`' part and reading each format `readers`'; tokenising and packing come after."""
 
 from __future__ import annotations
 
-import difflib
-import glob
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from ot_ray.config import Config
-from ot_ray.data.examples import Document
-from ot_ray.data.readers import read_hub, read_jsonl, read_parquet, read_text
-from ot_ray.errors import DataError
+from ot_ray.data.examples import Document, parse_row
+from ot_ray.data.files import S3, Files, LocalFiles, find_files
+from ot_ray.data.readers import BEGINNING, LONGEST_TEXT, Place, Record, parse_record, read_hub, read_records
 
 HUB = "hub:"
-SUFFIXES = {
-    "text": (".txt", ".text", ".md", ".rst"),
-    "jsonl": (".jsonl", ".ndjson"),
-    "parquet": (".parquet", ".pq"),
-}
-_FORMATS = {suffix: name for name, suffixes in SUFFIXES.items() for suffix in suffixes}
 
 
 class DataConfig(Config):
     """One source of documents."""
 
     source: str = Field(min_length=1)
-    """A file, a glob such as `corpus/*.jsonl`, a folder (searched through), or `hub:owner/name[/config]`
-    for a Hugging Face dataset."""
+    """A file, a glob such as `corpus/*.jsonl.zst`, a folder (searched through), one of these in a bucket,
+    `s3://bucket/corpus/*.jsonl?endpoint_url=...`, or `hub:owner/name[/config]` for a Hugging Face dataset.
+    Text and JSONL files may be compressed (`.gz`, `.zst`)."""
 
     format: Literal["auto", "text", "jsonl", "parquet", "hub"] = "auto"
     """How the files are read; `auto` goes by each file's suffix."""
@@ -53,80 +45,83 @@ class DataConfig(Config):
     def _formats_agree(self) -> DataConfig:
         if self.source.startswith(HUB) and self.format not in ("auto", "hub"):
             raise ValueError(f"source {self.source!r} is a dataset, but format is {self.format!r}; use 'hub'")
+        if self.source.startswith(S3) and self.format == "hub":
+            raise ValueError("source is in a bucket, but format is 'hub'; use 'auto'")
         if self.format == "hub" and not self.source.removeprefix(HUB):
             raise ValueError("source names no dataset; write hub:owner/name")
         return self
 
+    @property
+    def dataset(self) -> str | None:
+        """The Hugging Face dataset that is the source, or None if files are."""
+        is_dataset = self.format == "hub" or self.source.startswith(HUB)
+        return self.source.removeprefix(HUB) if is_dataset else None
 
-def read_documents(config: DataConfig) -> Iterator[Document]:
-    """Stream the documents of a source; of several files, in the order of their paths.
+    @property
+    def name(self) -> str:
+        """The source for messages: without what stands in an address's query."""
+        return self.source.partition("?")[0] if self.source.startswith(S3) else self.source
+
+
+class Source:
+    """The files of one configuration, in the order of their names; a dataset counts as one file.
+
+    Picklable where `files` is. What is found is settled when it is made.
+
+    Args:
+        files: opens the files of `s3://` sources.
+
+    Raises:
+        DataError: nothing is found there.
+        ConfigError: an `s3://` source without `files`.
+    """
+
+    def __init__(self, config: DataConfig, files: Files | None = None) -> None:
+        self.config = config
+        in_bucket = config.source.startswith(S3)
+        self._opener = files if in_bucket and files is not None else LocalFiles()
+        self.files = [] if config.dataset else find_files(config.source, config.format, files)
+
+    @property
+    def count(self) -> int:
+        """How many files there are."""
+        return 1 if self.config.dataset else len(self.files)
+
+    def records(self, file: int, start: Place = BEGINNING, longest: int = LONGEST_TEXT) -> Iterator[Record]:
+        """The records of file number `file` (from 0) from a place on. See `read_records` and `read_hub`."""
+        if self.config.dataset:
+            return read_hub(self.config.dataset, self.config.split, start)
+        separator = self.config.document_separator
+        return read_records(self.files[file], self._opener, self.config.text_field, separator, start, longest)
+
+    def parse(self, file: int, record: Record) -> Document:
+        """The document that a record of file number `file` holds.
+
+        Raises:
+            DataError: it is no valid document; the message names file and line.
+        """
+        if self.config.dataset:
+            where = f"hub:{self.config.dataset}, split {self.config.split}, row {record.place.number}"
+            return parse_row(record.raw, self.config.text_field, where)
+        return parse_record(record, self.files[file], self.config.text_field)
+
+
+def read_documents(config: DataConfig, files: Files | None = None) -> Iterator[Document]:
+    """Stream the documents of a source; of several files, in the order of their names.
+
+    Args:
+        files: opens the files of `s3://` sources.
 
     Raises:
         DataError: nothing is found there, or a file or row is not valid; the message names file and line.
+        ConfigError: an `s3://` source without `files`.
         MissingDependencyError: Parquet files or Hugging Face datasets need the `eval` extra.
     """
-    return itertools.islice(_all_documents(config), config.limit)
+    return itertools.islice(_all_documents(config, files), config.limit)
 
 
-def find_files(config: DataConfig) -> list[Path]:
-    """The files of a source that is no Hugging Face dataset, sorted by path.
-
-    Raises:
-        DataError: there is none; the nearest names are suggested.
-    """
-    path = Path(config.source).expanduser()
-    if path.is_dir():
-        return _files_in(path, config.format)
-    if path.exists():
-        return [path]
-    if glob.has_magic(str(path)):
-        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
-        if not found:
-            raise DataError(f"{config.source}: no file matches; check the pattern")
-        return found
-    raise _not_found(path)
-
-
-def _all_documents(config: DataConfig) -> Iterator[Document]:
-    if config.format == "hub" or config.source.startswith(HUB):
-        yield from read_hub(config.source.removeprefix(HUB), config.split, config.text_field)
-        return
-    for path in find_files(config):
-        kind = _format_of(path) if config.format == "auto" else config.format
-        if kind == "text":
-            yield from read_text(path, config.document_separator)
-        elif kind == "jsonl":
-            yield from read_jsonl(path, config.text_field)
-        else:
-            yield from read_parquet(path, config.text_field)
-
-
-def _format_of(path: Path) -> str:
-    try:
-        return _FORMATS[path.suffix.lower()]
-    except KeyError:
-        raise DataError(
-            f"{path}: cannot tell the format by the suffix {path.suffix!r} (known: {', '.join(_FORMATS)}); "
-            "set data.format"
-        ) from None
-
-
-def _files_in(folder: Path, kind: str) -> list[Path]:
-    suffixes = tuple(_FORMATS) if kind == "auto" else SUFFIXES[kind]
-    found = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file()
-    )
-    if not found:
-        raise DataError(f"{folder}: the folder holds no {', '.join(suffixes)} file; name the file itself")
-    return found
-
-
-def _not_found(path: Path) -> DataError:
-    if not path.parent.is_dir():
-        return DataError(f"{path}: there is no folder {path.parent}; pass an existing file, folder or glob")
-    names = [entry.name for entry in path.parent.iterdir()]
-    near = difflib.get_close_matches(path.name, sorted(names), n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else "pass an existing file, folder or glob"
-    return DataError(f"{path}: no such file; {hint}")
+def _all_documents(config: DataConfig, files: Files | None) -> Iterator[Document]:
+    source = Source(config, files)
+    for file in range(source.count):
+        for record in source.records(file):
+            yield source.parse(file, record)

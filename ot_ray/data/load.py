@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ot_ray.data.documents import DataConfig, read_documents
 from ot_ray.data.examples import Document
+from ot_ray.data.files import Files
 from ot_ray.data.packing import IGNORE, PackedSequence, pack
 from ot_ray.data.tokens import TokenSpan, tokenize
 from ot_ray.errors import ConfigError, DataError
@@ -58,25 +59,27 @@ class PackedDataset:
     """sha256 over the sequences: equal for equal content, tokenizer, order and length."""
 
 
-def load_sequences(config: DataConfig, tokenizer: PreTrainedTokenizerBase, length: int) -> PackedDataset:
+def load_sequences(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, length: int, files: Files | None = None
+) -> PackedDataset:
     """Read, tokenise and pack a source into sequences of `length` tokens.
 
+    Args:
+        files: opens the files of `s3://` sources.
+
     Raises:
-        ConfigError: `length` is below 2, or more than the tokenizer's model takes.
+        ConfigError: `length` is below 2, or more than the tokenizer's model takes; an `s3://` source
+            without `files`.
         DataError: the source is missing or malformed, or leaves nothing to learn.
         MissingDependencyError: the source needs the `eval` extra.
     """
-    if length > tokenizer.model_max_length:
-        raise ConfigError(
-            f"length is {length}, but the tokenizer's model takes {tokenizer.model_max_length} tokens; "
-            f"use 2..{tokenizer.model_max_length}"
-        )
+    check_length(length, tokenizer)
     intake = _Intake(tokenizer, length)
-    sequences = pack(intake.spans(_shown(read_documents(config))), length, _pad_id(tokenizer))
+    sequences = pack(intake.spans(_shown(read_documents(config, files))), length, pad_id(tokenizer))
     if not sequences:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in intake.dropped.items())
         raise DataError(
-            f"{config.source}: nothing is left of {intake.documents} documents ({reasons or 'too short'}); "
+            f"{config.name}: nothing is left of {intake.documents} documents ({reasons or 'too short'}); "
             f"raise the length ({length} tokens) or check the data"
         )
     counts = Counts(
@@ -87,6 +90,29 @@ def load_sequences(config: DataConfig, tokenizer: PreTrainedTokenizerBase, lengt
         dropped=intake.dropped,
     )
     return PackedDataset(sequences, counts, _digest(sequences))
+
+
+def check_length(length: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ConfigError if the tokenizer's model does not take sequences of `length` tokens."""
+    if length > tokenizer.model_max_length:
+        raise ConfigError(
+            f"length is {length}, but the tokenizer's model takes {tokenizer.model_max_length} tokens; "
+            f"use 2..{tokenizer.model_max_length}"
+        )
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that fills sequences up."""
+    # Padding is never learnt nor attended to by documents, so any known token serves.
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(token, int):
+            return token
+    return 0
+
+
+def teaches(span: TokenSpan) -> bool:
+    """Whether a document has a token to learn; its first has nothing before it to be predicted from."""
+    return any(span.learn[1:])
 
 
 class _Intake:
@@ -101,8 +127,7 @@ class _Intake:
         for document in documents:
             self.documents += 1
             span = tokenize(document, self._tokenizer, self._length)
-            # The first token of a document has nothing before it to be predicted from.
-            if any(span.learn[1:]):
+            if teaches(span):
                 self.cut_tokens += span.cut
                 yield span
             else:
@@ -121,14 +146,6 @@ def _shown(documents: Iterable[Document]) -> Iterator[Document]:
             elif time.monotonic() - start > QUIET_SECONDS:
                 bar = stack.enter_context(Progress("reading", None, "document"))
                 bar.advance(count)
-
-
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    # Padding is never learnt nor attended to by documents, so any known token serves.
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if isinstance(token, int):
-            return token
-    return 0
 
 
 def _digest(sequences: Iterable[PackedSequence]) -> str:

@@ -5,8 +5,9 @@ Letters: B sequences, T tokens. Keeping documents apart in attention is the mode
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,12 +40,14 @@ class PackedSequence:
     """bool; False on padding."""
 
 
-class _OpenSequence:
+class OpenSequence:
+    """A sequence of up to `length` tokens that takes further pieces."""
+
     def __init__(self, length: int) -> None:
         self._length = length
         self._ids: list[int] = []
-        self._positions: list[int] = []
-        self._labels: list[int] = []
+        self._learn: list[bool] = []
+        self._pieces: list[int] = []
 
     @property
     def room(self) -> int:
@@ -52,76 +55,132 @@ class _OpenSequence:
 
     def add(self, ids: Sequence[int], learn: Sequence[bool]) -> None:
         self._ids += ids
-        self._positions += range(len(ids))
-        labels = [token if learnt else IGNORE for token, learnt in zip(ids, learn, strict=True)]
-        self._labels += [IGNORE, *labels[1:]]
+        # The first token of a piece could only be predicted across the border.
+        self._learn += [False, *learn[1:]]
+        self._pieces.append(len(ids))
 
     def close(self, pad_id: int) -> PackedSequence | None:
         """The finished sequence, or None if it has nothing to learn."""
-        if all(label == IGNORE for label in self._labels):
+        if not any(self._learn):
             return None
         padding = self.room
+        labels = [token if learnt else IGNORE for token, learnt in zip(self._ids, self._learn, strict=True)]
+        positions = [position for size in [*self._pieces, padding] for position in range(size)]
         return PackedSequence(
             torch.tensor(self._ids + [pad_id] * padding),
-            torch.tensor(self._positions + list(range(padding))),
-            torch.tensor(self._labels + [IGNORE] * padding),
+            torch.tensor(positions),
+            torch.tensor(labels + [IGNORE] * padding),
             torch.arange(self._length) < self._length - padding,
         )
 
+    def state(self) -> dict[str, Any]:
+        """What it holds, as JSON values."""
+        return {"ids": list(self._ids), "learn": "".join("01"[flag] for flag in self._learn), "pieces": self._pieces[:]}
 
-def pack(spans: Iterable[TokenSpan], length: int, pad_id: int) -> list[PackedSequence]:
-    """Pack spans, in their order, into sequences of `length` tokens.
+    @classmethod
+    def of(cls, state: Mapping[str, Any], length: int) -> OpenSequence:
+        """The sequence whose `state` this is.
+
+        Raises:
+            ValueError: it is not such a state, or does not fit the length.
+        """
+        sequence = cls(length)
+        sequence._ids, sequence._pieces = list(state["ids"]), list(state["pieces"])
+        sequence._learn = [flag == "1" for flag in state["learn"]]
+        count = len(sequence._ids)
+        if not 0 < count < length or len(sequence._learn) != count or sum(sequence._pieces) != count:
+            raise ValueError(f"an open sequence of {count} tokens does not fit a length of {length}")
+        return sequence
+
+
+class Packer:
+    """Packs spans one after another into sequences of `length` tokens, each handed out once it is finished.
 
     Splittable spans (plain text) fill sequences to the brim and go on in the next one. The others go
     whole into the first of at most `WINDOW` open sequences that has room; padding fills the rest. A
     sequence with nothing to learn is dropped.
 
+    Args:
+        open_sequences: the `OpenSequence.state` of each sequence that another packer left open.
+
+    Raises:
+        ConfigError: `length` is below 2.
+        ValueError: `open_sequences` do not fit the length.
+    """
+
+    def __init__(self, length: int, pad_id: int, open_sequences: Iterable[Mapping[str, Any]] = ()) -> None:
+        if length < 2:
+            raise ConfigError(f"length is {length}: the first token of a sequence is never learnt; use 2 or more")
+        self._length, self._pad_id = length, pad_id
+        self._open = [OpenSequence.of(state, length) for state in open_sequences]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no sequence is open."""
+        return not self._open
+
+    def add(self, span: TokenSpan, start: int = 0) -> tuple[int, PackedSequence | None]:
+        """Pack the tokens of a span from `start` on, until they are used up or a sequence is full.
+
+        Returns:
+            The token to go on from (the number of tokens, once they are used up), and a sequence that is
+            finished and has something to learn, if there is one.
+
+        Raises:
+            ConfigError: a span that must not be split is longer than the sequences.
+        """
+        size = len(span.input_ids)
+        if not span.splittable and size > self._length:
+            raise ConfigError(
+                f"a prompt or chat has {size} tokens, but sequences have {self._length}; "
+                f"tokenize it with max_length={self._length}"
+            )
+        needed = 1 if span.splittable else size
+        target = next((sequence for sequence in self._open if sequence.room >= needed), None)
+        if target is None:
+            target = OpenSequence(self._length)
+            self._open.append(target)
+        stop = min(start + target.room, size)
+        target.add(span.input_ids[start:stop], span.learn[start:stop])
+        finished = target if not target.room else None
+        if finished is None and len(self._open) > WINDOW:
+            finished = min(self._open, key=lambda sequence: sequence.room)
+        return stop, self._close(finished)
+
+    def flush(self) -> PackedSequence | None:
+        """Close the sequence that has been open longest; None if it has nothing to learn or none is open."""
+        return self._close(self._open[0] if self._open else None)
+
+    def state(self) -> list[dict[str, Any]]:
+        """The open sequences, as JSON values."""
+        return [sequence.state() for sequence in self._open]
+
+    def _close(self, sequence: OpenSequence | None) -> PackedSequence | None:
+        if sequence is None:
+            return None
+        self._open.remove(sequence)
+        return sequence.close(self._pad_id)
+
+
+def pack(spans: Iterable[TokenSpan], length: int, pad_id: int) -> list[PackedSequence]:
+    """Pack spans, in their order, as `Packer` does, to the end.
+
     Raises:
         ConfigError: `length` is below 2, or a span that must not be split is longer than `length`.
     """
-    if length < 2:
-        raise ConfigError(f"length is {length}: the first token of a sequence is never learnt; use 2 or more")
-    window: list[_OpenSequence] = []
-    closed: list[_OpenSequence] = []
+    packer = Packer(length, pad_id)
+    packed: list[PackedSequence | None] = []
     for span in spans:
-        place = _pour if span.splittable else _place_whole
-        place(span, length, window)
-        closed += [sequence for sequence in window if not sequence.room]
-        window = [sequence for sequence in window if sequence.room]
-        if len(window) > WINDOW:
-            fullest = min(window, key=lambda sequence: sequence.room)
-            window.remove(fullest)
-            closed.append(fullest)
-    finished = (sequence.close(pad_id) for sequence in [*closed, *window])
-    return [sequence for sequence in finished if sequence is not None]
+        start = 0
+        while start < len(span.input_ids):
+            start, finished = packer.add(span, start)
+            packed.append(finished)
+    while not packer.is_empty:
+        packed.append(packer.flush())
+    return [sequence for sequence in packed if sequence is not None]
 
 
 def collate(sequences: Sequence[PackedSequence]) -> dict[str, Tensor]:
     """Stack B sequences of one length into tensors of shape [B, T], one for each field, by its name."""
     fields = ("input_ids", "position_ids", "labels", "real")
     return {name: torch.stack([getattr(sequence, name) for sequence in sequences]) for name in fields}
-
-
-def _pour(span: TokenSpan, length: int, window: list[_OpenSequence]) -> None:
-    start = 0
-    while start < len(span.input_ids):
-        target = next((sequence for sequence in window if sequence.room), None)
-        if target is None:
-            target = _OpenSequence(length)
-            window.append(target)
-        stop = start + target.room
-        target.add(span.input_ids[start:stop], span.learn[start:stop])
-        start = stop
-
-
-def _place_whole(span: TokenSpan, length: int, window: list[_OpenSequence]) -> None:
-    size = len(span.input_ids)
-    if size > length:
-        raise ConfigError(
-            f"a prompt or chat has {size} tokens, but sequences have {length}; tokenize it with max_length={length}"
-        )
-    target = next((sequence for sequence in window if sequence.room >= size), None)
-    if target is None:
-        target = _OpenSequence(length)
-        window.append(target)
-    target.add(span.input_ids, span.learn)

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from ot_ray.data import BatchStream, PackedSequence, TokenSpan, pack
+from ot_ray.data import BatchStream, PackedSequence, TokenSpan, pack, rows_of
 from ot_ray.errors import ConfigError, DataError, TrainingError
 
 
@@ -24,7 +24,7 @@ def order(stream: BatchStream, batches: int, world_size: int = 1) -> list[int]:
     for _ in range(batches):
         state = stream.state()
         for rank in range(world_size):
-            stream.restore(state)
+            stream.restore([state])
             seen += names(stream.next_batch(rank, world_size))
     return seen
 
@@ -46,7 +46,7 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     assert order(BatchStream(numbered(20), 20, seed=1), batches=4) == seen
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 6])
+@pytest.mark.parametrize("world_size", [2, 3, 4, 6])
 def test_the_global_batch_does_not_depend_on_the_world_size(world_size: int) -> None:
     alone = order(BatchStream(numbered(10), 6, seed=5), batches=7)
     assert order(BatchStream(numbered(10), 6, seed=5), batches=7, world_size=world_size) == alone
@@ -66,10 +66,10 @@ def test_resume_in_the_middle_of_an_epoch_with_another_world_size() -> None:
     first = BatchStream(numbered(10), 4, seed=3)
     seen = order(first, batches=3, world_size=4)
     second = BatchStream(numbered(10), 4, seed=3)
-    second.restore(first.state())
+    second.restore([first.state()])
     seen += order(second, batches=3, world_size=1)
     third = BatchStream(numbered(10), 4, seed=3)
-    third.restore(second.state())
+    third.restore([second.state()])
     seen += order(third, batches=4, world_size=2)
     assert seen == whole
     assert Counter(seen) == dict.fromkeys(range(10), 4)
@@ -79,7 +79,7 @@ def test_resume_with_another_batch_size_still_shows_everything_once() -> None:
     first = BatchStream(numbered(12), 4, seed=3)
     seen = order(first, batches=2)
     second = BatchStream(numbered(12), 2, seed=3)
-    second.restore(first.state())
+    second.restore([first.state()])
     assert sorted(seen + order(second, batches=2)) == list(range(12))
 
 
@@ -90,8 +90,8 @@ def test_rows_are_collated() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     stream = BatchStream(numbered(4), 4, seed=0)
-    with pytest.raises(ConfigError, match="batch_size is 4, which does not divide by world_size 3"):
-        stream.next_batch(0, 3)
+    with pytest.raises(ConfigError, match="batch_size is 4, which leaves ranks without a row at world_size 5"):
+        stream.next_batch(0, 5)
     with pytest.raises(ConfigError, match=r"rank is 2; with world_size 2 use 0\.\.1"):
         stream.next_batch(2, 2)
     with pytest.raises(ConfigError, match="batch_size is 0"):
@@ -105,5 +105,17 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_a_broken_state_is_refused(state: dict[str, int]) -> None:
     stream = BatchStream(numbered(4), 4, seed=0)
     with pytest.raises(TrainingError, match="data position is"):
-        stream.restore(state)
+        stream.restore([state])
+    with pytest.raises(TrainingError, match="data position is None"):
+        stream.restore([])
     assert stream.state() == {"position": 0}
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 8, 13])
+def test_ranks_share_the_rows(batch_size: int) -> None:
+    for world_size in range(1, batch_size + 1):
+        shares = [rows_of(batch_size, rank, world_size) for rank in range(world_size)]
+        assert [row for share in shares for row in share] == list(range(batch_size))
+        sizes = [len(share) for share in shares]
+        assert sizes == sorted(sizes, reverse=True)
+        assert sizes[0] - sizes[-1] <= 1
