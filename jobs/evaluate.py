@@ -11,11 +11,11 @@ from pydantic import Field
 
 from jobs.command import config_file, run_command
 from jobs.limits import require_folder, require_model_length
-from ot_ray.artifacts import BundleSource, inspect_adapter, plain_state
+from ot_ray.artifacts import BundleSource, inspect_adapter, load_full, open_model_source, plain_state
 from ot_ray.config import Config
 from ot_ray.data import DataConfig, PackedSequence, load_sequences
 from ot_ray.evaluation import FiveSettings, perplexity
-from ot_ray.model import ModelConfig, adapter_state, load_model, load_tokenizer, plug_in
+from ot_ray.model import ModelConfig, adapter_state, plug_in
 from ot_ray.progress import Progress
 from ot_ray.store import download_folder, open_store
 from ot_ray.training import TrainingConfig, fit
@@ -54,11 +54,11 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 
 def measure(config: EvaluateConfig) -> FiveSettings:
     """Compute the five perplexities; full fine-tuning is trained here, for reference."""
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = open_model_source(config.model).tokenizer()
     require_model_length(config.sequence_length, config.model)
     test = load_sequences(config.test, tokenizer, config.sequence_length).sequences
     train = load_sequences(config.train, tokenizer, config.sequence_length).sequences
-    model = load_model(config.model)
+    model = load_full(config.model)
     with tempfile.TemporaryDirectory() as temporary:
         bundle = config.bundle.open(Path(temporary) / "bundle")
         plan = bundle.manifest.plan

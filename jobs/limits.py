@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import AutoConfig
+from transformers import PreTrainedConfig
 
+from ot_ray.artifacts import load_shape
 from ot_ray.errors import AlreadyExistsError, ConfigError
 from ot_ray.model import ModelConfig
 from ot_ray.store import LocalStore, open_store
 
 
-def require_length(length: int, source: str | Path, revision: str | None = None) -> None:
+def require_length(length: int, shape: PreTrainedConfig) -> None:
     """Refuse sequences that a model has no positions for.
 
     Args:
-        source: a folder with the model's `config.json`, or a model's name on the hub, known to be there.
+        shape: the model's configuration.
 
     Raises:
         ConfigError: names the longest sequence.
     """
-    shape = AutoConfig.from_pretrained(Path(source).expanduser(), revision=revision, trust_remote_code=False)
     # Architectures without a table of positions, such as BLOOM, state none and take any length.
     positions = getattr(shape, "max_position_embeddings", None)
     if positions is not None and length > positions:
@@ -28,8 +28,8 @@ def require_length(length: int, source: str | Path, revision: str | None = None)
 
 
 def require_model_length(length: int, model: ModelConfig) -> None:
-    """The same for an owner's full model. Raises ConfigError."""
-    require_length(length, model.source, model.revision)
+    """The same for an owner's full model, of which `config.json` alone is read. Raises ConfigError."""
+    require_length(length, load_shape(model))
 
 
 def require_empty(field: str, address: str) -> None:

@@ -57,7 +57,10 @@ def run(config: MakeBaseConfig) -> dict[str, Any]:
     torch.manual_seed(config.training.seed)
     model = OPTForCausalLM(_shape(config))
     checkpoints = Checkpoints(
-        open_store(str(output)), "checkpoints", {"digest": data.digest, **config.model_dump(mode="json")}
+        open_store(str(output)),
+        "checkpoints",
+        {"digest": data.digest, **config.model_dump(mode="json")},
+        keep=config.training.keep_checkpoints,
     )
     with Progress("pre-train", config.training.steps) as bar:
         result = train(

@@ -10,12 +10,20 @@ from pydantic import Field, model_validator
 
 from jobs.command import config_file, run_command
 from jobs.limits import require_model_length
-from ot_ray.artifacts import BundleSource, InspectionLimits, Registry, inspect_adapter, plain_state
+from ot_ray.artifacts import (
+    BundleSource,
+    InspectionLimits,
+    Registry,
+    inspect_adapter,
+    load_full,
+    open_model_source,
+    plain_state,
+)
 from ot_ray.config import Config
 from ot_ray.data import DataConfig, load_sequences
 from ot_ray.errors import AdapterRejectedError
 from ot_ray.evaluation import perplexity
-from ot_ray.model import ModelConfig, adapter_state, load_model, load_tokenizer, plug_in
+from ot_ray.model import ModelConfig, adapter_state, plug_in
 from ot_ray.store import download_folder, open_store
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -62,14 +70,15 @@ def run(config: PlugInConfig) -> dict[str, Any]:
         folder = Path(temporary) / "adapter"
         download_folder(open_store(config.adapter), "", folder)
         inspected = inspect_adapter(folder, bundle.manifest, config.limits)
-    model = load_model(config.model)
+    model = load_full(config.model)
     if config.data is not None:
         require_model_length(config.sequence_length, config.model)
     plan = bundle.manifest.plan
     state = plain_state(inspected, adapter_state(model, plan))
     report: dict[str, float] = {}
     if config.data is not None:
-        sequences = load_sequences(config.data, load_tokenizer(config.model), config.sequence_length).sequences
+        tokenizer = open_model_source(config.model).tokenizer()
+        sequences = load_sequences(config.data, tokenizer, config.sequence_length).sequences
         report["full_perplexity"] = perplexity(model, sequences)
         report["plug_in_perplexity"] = perplexity(plug_in(model, plan, state), sequences)
         _check_quality(report, config.max_perplexity_ratio)

@@ -19,6 +19,7 @@ from ot_ray.data import DataConfig, load_sequences
 from ot_ray.errors import ConfigError
 from ot_ray.evaluation import mean_loss
 from ot_ray.model import LoraSettings, Method, prepare_tuning, trainable_parameters
+from ot_ray.model.loading import shape_in
 from ot_ray.progress import Progress
 from ot_ray.store import open_store, upload_folder
 from ot_ray.training import Checkpoints, TrainingConfig, fit
@@ -57,7 +58,7 @@ def run(config: TuneConfig) -> dict[str, Any]:
             raise ConfigError(
                 f"method is {config.method!r}, which the bundle's owner does not take back; use {allowed}"
             )
-        require_length(config.sequence_length, bundle.folder)
+        require_length(config.sequence_length, shape_in(bundle.folder, str(bundle.folder)))
         tokenizer = bundle.load_tokenizer()
         data = load_sequences(config.data, tokenizer, config.sequence_length)
         held_out = (
@@ -111,7 +112,13 @@ def _checkpoints(config: TuneConfig, bundle_id: str, digest: str) -> Checkpoints
     if config.checkpoints is None:
         return None
     same = config.model_dump(mode="json", include={"method", "lora", "training", "sequence_length"})
-    return Checkpoints(open_store(config.checkpoints), "tune", {**same, "bundle_id": bundle_id, "data_digest": digest})
+    return Checkpoints(
+        open_store(config.checkpoints),
+        "tune",
+        {**same, "bundle_id": bundle_id, "data_digest": digest},
+        keep=config.training.keep_checkpoints,
+        patience_s=config.training.store_patience_s,
+    )
 
 
 if __name__ == "__main__":

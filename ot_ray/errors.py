@@ -72,3 +72,15 @@ class PortInUseError(LaunchError):
 
 class MissingDependencyError(OTRayError, ImportError):
     """A package of an optional extra is needed and not installed."""
+
+
+class EmulatorRejectedError(OTRayError, RuntimeError):
+    """A distilled emulator failed the quality gate; it is kept, and the current release stays."""
+
+
+class LeaseHeldError(OTRayError, RuntimeError):
+    """Another run holds the lease; the message says who and since when."""
+
+
+class LeaseLostError(OTRayError, RuntimeError):
+    """This run's lease was taken over, so that it must not publish."""

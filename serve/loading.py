@@ -4,8 +4,7 @@ Where the engine runs, in this process or in a Ray actor, is the caller's choice
 
 from __future__ import annotations
 
-from ot_ray.artifacts import Registry
-from ot_ray.model.loading import load_model, load_tokenizer
+from ot_ray.artifacts import Registry, load_full, open_model_source
 from ot_ray.store import open_store
 from serve.backend import LocalBackend
 from serve.catalogue import NoPlugIns, RegistryCatalogue
@@ -18,13 +17,15 @@ def load_backend(config: ServeConfig) -> LocalBackend:
     """Load the base model, open the registry, and have the model make a token.
 
     Raises:
-        ConfigError: there is no model at `model.source`, or `store` is no store's URL.
+        ConfigError: there is no model at `model.source`, its tokenizer is another model's, or `store` is no
+            store's URL.
+        ArtifactError: a file of its weights is missing, truncated or corrupt.
         UnsupportedModelError: plug-ins do not exist for this architecture.
     """
     catalogue = NoPlugIns()
     if config.store is not None:
         catalogue = RegistryCatalogue(Registry(open_store(config.store)), config.model.name)
-    base = load_model(config.model)
+    base = load_full(config.model)
     base.requires_grad_(False)
     cache = PlugInCache(
         config.model.name,
@@ -34,6 +35,6 @@ def load_backend(config: ServeConfig) -> LocalBackend:
         wait_s=config.wait_s,
         refresh_s=config.refresh_s,
     )
-    engine = GenerationEngine(load_tokenizer(config.model), cache, config.max_choices)
+    engine = GenerationEngine(open_model_source(config.model).tokenizer(), cache, config.max_choices)
     engine.probe()
     return LocalBackend(engine, config.max_concurrent, config.wait_s)

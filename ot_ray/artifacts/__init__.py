@@ -5,11 +5,21 @@ Everything that comes from outside is verified before it is opened. Training and
 from ot_ray.artifacts.adapter import write_adapter
 from ot_ray.artifacts.bundle import Bundle, open_bundle, write_bundle
 from ot_ray.artifacts.inspection import InspectedAdapter, InspectionLimits, inspect_adapter, plain_state
+from ot_ray.artifacts.lease import Lease, hold_lease
 from ot_ray.artifacts.manifest import AdapterManifest, BundleManifest, FileEntry, TensorEntry
+from ot_ray.artifacts.model_source import (
+    ModelSource,
+    load_emulated,
+    load_full,
+    load_shape,
+    open_model_source,
+)
 from ot_ray.artifacts.publication import fetch_bundle, list_versions, publish_bundle
 from ot_ray.artifacts.registry import ModelId, PlugInRecord, Registry, parse_model_id
+from ot_ray.artifacts.releases import Releases
 from ot_ray.artifacts.signature import generate_key, key_id, sign_folder, verify_folder
 from ot_ray.artifacts.source import BundleSource
+from ot_ray.artifacts.weights import TensorInfo, Weights
 
 __all__ = [
     "AdapterManifest",
@@ -19,16 +29,26 @@ __all__ = [
     "FileEntry",
     "InspectedAdapter",
     "InspectionLimits",
+    "Lease",
     "ModelId",
+    "ModelSource",
     "PlugInRecord",
     "Registry",
+    "Releases",
     "TensorEntry",
+    "TensorInfo",
+    "Weights",
     "fetch_bundle",
     "generate_key",
+    "hold_lease",
     "inspect_adapter",
     "key_id",
     "list_versions",
+    "load_emulated",
+    "load_full",
+    "load_shape",
     "open_bundle",
+    "open_model_source",
     "parse_model_id",
     "plain_state",
     "publish_bundle",

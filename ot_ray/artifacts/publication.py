@@ -83,16 +83,17 @@ def fetch_bundle(
 
 def list_versions(store: Store, model: str) -> list[str]:
     """The published versions of a model, in natural order: `1.9` stands before `1.10`."""
-    prefix = f"bundles/{_checked('model', model)}/"
+    prefix = f"bundles/{checked_name('model', model)}/"
     ends = (key.removeprefix(prefix).split("/") for key in store.list(prefix.rstrip("/")))
     return sorted((end[0] for end in ends if end[1:] == [MANIFEST]), key=_natural)
 
 
 def _prefix(model: str, version: str) -> str:
-    return f"bundles/{_checked('model', model)}/{_checked('version', version)}"
+    return f"bundles/{checked_name('model', model)}/{checked_name('version', version)}"
 
 
-def _checked(field: str, name: str) -> str:
+def checked_name(field: str, name: str) -> str:
+    """The name itself, where it can stand in a key. Raises ArtifactError."""
     if not _NAME.fullmatch(name):
         raise ArtifactError(f"{field} is {name[:80]!r}, which is no name; use {NAME_PATTERN}")
     return name

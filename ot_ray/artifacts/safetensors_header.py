@@ -15,6 +15,7 @@ from ot_ray.artifacts.strict_json import parse_object
 from ot_ray.errors import ArtifactError
 from ot_ray.store.partial import disk_errors
 
+LENGTH_BYTES = 8  # at the start of a file: the length of its header
 MAX_HEADER = 8 * 1024 * 1024  # bytes
 DTYPE_BYTES = {
     "BOOL": 1,
@@ -58,15 +59,39 @@ def read_header(path: Path) -> dict[str, HeaderTensor]:
     """
     with disk_errors(f"cannot read {path}"), path.open("rb") as file:
         size = path.stat().st_size
-        length = int.from_bytes(file.read(8), "little")
-        if size < 10 or not 2 <= length <= min(size - 8, MAX_HEADER):
-            raise ArtifactError(
-                f"{path.name} says its header has {length} bytes; the file has {size}, and a header at most "
-                f"{MAX_HEADER}: it is no safetensors file; write it anew"
-            )
-        text = file.read(length)
-    values = parse_object(text, f"the header of {path.name}")
-    problems = _check_metadata(values.pop("__metadata__", {}))
+        text = file.read(header_length(file.read(LENGTH_BYTES), size, path.name))
+    return parse_header(text, size, path.name)
+
+
+def header_length(first: bytes, size: int, where: str) -> int:
+    """Bytes of the header that follows the first `LENGTH_BYTES` bytes of a file of `size` bytes.
+
+    Raises:
+        ArtifactError: the file is no safetensors file.
+    """
+    length = int.from_bytes(first, "little")
+    if size < LENGTH_BYTES + 2 or not 2 <= length <= min(size - LENGTH_BYTES, MAX_HEADER):
+        raise ArtifactError(
+            f"{where} says its header has {length} bytes; the file has {size}, and a header at most "
+            f"{MAX_HEADER}: it is no safetensors file; write it anew"
+        )
+    return length
+
+
+def parse_header(text: bytes, size: int, where: str, *, any_metadata: bool = False) -> dict[str, HeaderTensor]:
+    """Parse and check a header that has been read already.
+
+    Args:
+        size: bytes of the whole file.
+        where: the file's name, for messages.
+        any_metadata: take metadata of any length, as in a model of the owner's.
+
+    Raises:
+        ArtifactError: lists everything that is wrong with the header.
+    """
+    values = parse_object(text, f"the header of {where}")
+    metadata = values.pop("__metadata__", {})
+    problems = [] if any_metadata else _check_metadata(metadata)
     tensors: dict[str, HeaderTensor] = {}
     for name, value in values.items():
         try:
@@ -74,9 +99,9 @@ def read_header(path: Path) -> dict[str, HeaderTensor]:
         except ValueError as error:
             problems.append(str(error))
     if not problems:
-        problems = _check_layout(tensors, size - 8 - length)
+        problems = _check_layout(tensors, size - LENGTH_BYTES - len(text))
     if problems:
-        raise ArtifactError("; ".join(f"{path.name}: {problem}" for problem in problems))
+        raise ArtifactError("; ".join(f"{where}: {problem}" for problem in problems))
     return tensors
 
 

@@ -1,19 +1,20 @@
-"""Opening a model and its tokenizer from a folder or, by name, from a model hub. No code from outside runs."""
+"""An owner's model as a configuration, and what lies beside its weights in a folder: shape and tokenizer.
+
+Fetching that folder and reading the weights are left to artifacts. No code from outside runs."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from pydantic import Field
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ot_ray.config import Config
 from ot_ray.errors import ConfigError
-from ot_ray.model.families import check_supported, family_of
-from ot_ray.model.split import SplitPlan
+from ot_ray.model.families import check_supported
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -23,81 +24,68 @@ class ModelConfig(Config):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     """What customers call it, in bundle and model ids."""
-    source: str
-    """A folder with a Transformers checkpoint, or a model's name on the hub (`facebook/opt-6.7b`)."""
+    source: str = Field(min_length=1)
+    """A folder with a Transformers checkpoint in safetensors, such a folder on S3
+    (`s3://bucket/prefix?endpoint_url=...`), or a model's name on the hub (`facebook/opt-6.7b`)."""
     revision: str | None = None
     """Commit or tag on the hub."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights in memory."""
 
 
-def check_fits(config: ModelConfig, plan: SplitPlan) -> None:
-    """Refuse a plan that the model cannot be split by, before any weight is read.
+def shape_in(folder: Path, where: str) -> PreTrainedConfig:
+    """Read the `config.json` of a model that can be split.
+
+    Args:
+        where: how messages name the model.
 
     Raises:
-        ConfigError: there is no model at `config.source`.
-        UnsupportedModelError: its architecture cannot be split.
-        SplitError: the adapters and the emulator do not fit into its layers.
+        ConfigError: there is none, or it is malformed.
+        UnsupportedModelError: the architecture is not in the families' table.
     """
-    plan.middle(_load_shape(config).num_hidden_layers)
-
-
-def load_model(config: ModelConfig) -> PreTrainedModel:
-    """Load a full model, in evaluation mode.
-
-    Raises:
-        ConfigError: there is no model at `config.source`.
-        UnsupportedModelError: its architecture cannot be split.
-    """
-    _load_shape(config)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            _existing(config),
-            revision=config.revision,
-            dtype=DTYPES[config.dtype],
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
-    except (OSError, SafetensorError) as error:
-        raise _unreadable(config, error) from None
-    family_of(model)
-    return model.eval()
-
-
-def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """Load the tokenizer beside a model.
-
-    Raises:
-        ConfigError: there is none at `config.source`.
-    """
-    source = _existing(config)
-    try:
-        return AutoTokenizer.from_pretrained(source, revision=config.revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise _unreadable(config, error) from None
-
-
-def _load_shape(config: ModelConfig) -> Any:
-    try:
-        shape = AutoConfig.from_pretrained(_existing(config), revision=config.revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise _unreadable(config, error) from None
+        shape = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+        raise unreadable(where, error) from None
     check_supported(shape.model_type)
     return shape
 
 
-def _existing(config: ModelConfig) -> str:
-    looks_like_a_folder = config.source.startswith(("/", ".", "~")) or config.source.count("/") > 1
-    if looks_like_a_folder and not Path(config.source).expanduser().is_dir():
+def tokenizer_in(folder: Path, where: str) -> PreTrainedTokenizerBase:
+    """Read the tokenizer in a folder.
+
+    Raises:
+        ConfigError: there is none, or it is malformed.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # a malformed tokenizer.json meets bare exceptions of the parser
+        raise unreadable(where, error) from None
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """Refuse a tokenizer with ids that the model has no embeddings for, or without any but special tokens.
+
+    Raises:
+        ConfigError: names the ids and the model's vocabulary.
+    """
+    ids, size = set(tokenizer.get_vocab().values()), config.get_text_config().vocab_size
+    if ids <= set(tokenizer.all_special_ids):
         raise ConfigError(
-            f"model.source is {config.source!r}: no such folder; name a folder with a checkpoint or a model on the hub"
+            f"the tokenizer holds {len(ids)} special tokens and no others; put the model's own tokenizer "
+            "(tokenizer.json or its vocabulary files) beside its weights"
         )
-    return str(Path(config.source).expanduser()) if looks_like_a_folder else config.source
+    if max(ids) >= size:
+        raise ConfigError(
+            f"the tokenizer has {len(ids)} tokens with ids up to {max(ids)}, but the model has {size} embeddings: it "
+            "belongs to another model; put the model's own tokenizer beside its weights"
+        )
 
 
-def _unreadable(config: ModelConfig, error: Exception) -> ConfigError:
+def unreadable(where: str, error: Exception) -> ConfigError:
+    """What to tell of a model whose files cannot be opened; `where` is its source."""
     first_line = str(error).strip().split("\n", 1)[0]
     return ConfigError(
-        f"model.source is {config.source!r}: {first_line}; name a folder with config.json, safetensors weights and a "
-        "tokenizer, or a model on the hub"
+        f"model.source is {where!r}: {first_line}; name a folder or s3:// address with config.json, safetensors "
+        "weights and a tokenizer, or a model on the hub"
     )

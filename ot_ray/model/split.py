@@ -90,12 +90,20 @@ def emulate(model: PreTrainedModel, plan: SplitPlan, kept: Sequence[int], *, sha
     Raises:
         SplitError: the plan does not fit the model, or `kept` is not `plan.keep` ascending places in the middle.
     """
-    middle = plan.middle(depth_of(model))
+    return with_layers(model, emulated_layers(depth_of(model), plan, kept), share=share)
+
+
+def emulated_layers(depth: int, plan: SplitPlan, kept: Sequence[int]) -> list[int]:
+    """Which layers of a full model of `depth` layers make up [A1 · E · A2], in that order.
+
+    Raises:
+        SplitError: the plan does not fit the model, or `kept` is not `plan.keep` ascending places in the middle.
+    """
+    middle = plan.middle(depth)
     if len(kept) != plan.keep or list(kept) != sorted(set(kept)) or not set(kept) <= set(range(len(middle))):
         raise SplitError(f"kept is {list(kept)}; name {plan.keep} different layers of 0..{len(middle) - 1}, ascending")
-    adapter = plan.adapter_positions(depth_of(model))
-    chosen = [*adapter[: plan.bottom], *(middle[i] for i in kept), *adapter[plan.bottom :]]
-    return with_layers(model, chosen, share=share)
+    adapter = plan.adapter_positions(depth)
+    return [*adapter[: plan.bottom], *(middle[i] for i in kept), *adapter[plan.bottom :]]
 
 
 def with_layers(model: PreTrainedModel, positions: Sequence[int], *, share: bool) -> PreTrainedModel:
