@@ -1,100 +1,34 @@
-"""Teacher and student in one forward pass of the model itself, and the losses between them.
+"""Teacher and student in one forward pass of the model itself.
 
-The layer list holds [A1 · M · E · A2]; the lanes below lead the hidden states through M without
-gradients, then through E from the same start. Optimisers and loops are in training.
-
-Letters: B batch, T positions, D hidden width, V vocabulary."""
+The lanes through the layer list are in lanes.py, the losses in losses.py; optimisers and loops in training."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
+from pydantic import Field
 from torch import nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ot_ray.config import Config
 from ot_ray.errors import SplitError
-from ot_ray.model.families import family_of, first_of, layers_of, set_layers
+from ot_ray.model.families import family_of, layers_of, set_layers
 from ot_ray.model.isolation import isolated_documents
+from ot_ray.model.lanes import AdapterLayer, LaneLayer, Lanes, Setting, StudentLayer, TeacherLayer
+from ot_ray.model.losses import HEAD_TOKENS, IGNORED, DistillLoss, LanguageHead, normalized_mse
 from ot_ray.model.split import SplitPlan, depth_of, with_layers
 
 
-class DistillLoss(Config):
-    """Weights of the distillation objective, ``lm_weight * CE + kd_weight * KD`` (the paper's section 3.3)."""
+class DistillOptions(Config):
+    """How the pass is computed; the losses stay what they are."""
 
-    lm_weight: float = 1.0
-    """Weight of next-token cross-entropy of the emulated model."""
-    kd_weight: float = 30.0
-    """Weight of the normalised squared error on the middle's output."""
-
-
-def normalized_mse(
-    student_BTD: torch.Tensor, teacher_BTD: torch.Tensor, real_BT: torch.Tensor | None = None
-) -> torch.Tensor:
-    """``mean(((T - S) / rms(T))^2)`` over real positions, rms over the same positions (the authors' loss,
-    with padding left out).
-
-    Args:
-        student_BTD, teacher_BTD: outputs of the emulator and of the middle.
-        real_BT: True where a token is not padding; ``None`` takes every position.
-
-    Returns:
-        A scalar in float32; 0 where no position is real.
-    """
-    student, teacher = student_BTD.float(), teacher_BTD.float()
-    if real_BT is None:
-        return (student - teacher).pow(2).mean() / teacher.pow(2).mean()
-    weight = real_BT.unsqueeze(-1).to(torch.float32)
-    # The means share their count, so it cancels and only the sums are needed.
-    error = ((student - teacher).pow(2) * weight).sum()
-    power = (teacher.pow(2) * weight).sum()
-    return error / power.clamp_min(torch.finfo(torch.float32).tiny)
-
-
-class _Lanes:
-    """What the first layer of M was given, and what M made of it, within one forward pass."""
-
-    def __init__(self) -> None:
-        self.start: torch.Tensor | None = None
-        self.teacher: torch.Tensor | None = None
-        self.student: torch.Tensor | None = None
-
-
-class _LaneLayer(nn.Module):
-    """A layer of the list that knows whether it is the first or the last of its lane."""
-
-    def __init__(self, layer: nn.Module, lanes: _Lanes, first: bool, last: bool) -> None:
-        super().__init__()
-        self.layer, self._lanes, self._first, self._last = layer, lanes, first, last
-
-
-class _TeacherLayer(_LaneLayer):
-    """One layer of M, run without gradients on the hidden states as the layer list passes them on."""
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self._first:
-            self._lanes.start = hidden_states
-        with torch.no_grad():
-            output = self.layer(hidden_states, *args, **kwargs)
-        if self._last:
-            self._lanes.teacher = first_of(output)
-        return output
-
-
-class _StudentLayer(_LaneLayer):
-    """One layer of E; the first starts again from what M was given, the last keeps its output."""
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self._first:
-            assert self._lanes.start is not None, "the teacher's lane runs before the student's"
-            hidden_states = self._lanes.start
-        output = self.layer(hidden_states, *args, **kwargs)
-        if self._last:
-            self._lanes.student = first_of(output)
-        return output
+    checkpointing: bool = False
+    """Compute the activations of E and A2 again in the backward pass instead of keeping them."""
+    compile: bool = False
+    """Compile each layer with `torch.compile`; pays where thousands of steps of one shape follow."""
+    head_tokens: int = Field(default=HEAD_TOKENS, ge=1)
+    """Positions whose logits exist at once; each takes about ten bytes an entry of the vocabulary."""
 
 
 class DistillModel(nn.Module):
@@ -105,35 +39,54 @@ class DistillModel(nn.Module):
     has gradients.
 
     Args:
-        model: the full model; it is taken over and changed (its tensors become the teacher's).
+        model: the full model; it is taken over and changed (its tensors become the teacher's). Its
+            parameters may be on the meta device, to be filled afterwards as `origins` says.
         plan: the split.
         kept: the layers of the middle that E starts from; E gets copies of them.
+
+    Raises:
+        SplitError: the plan does not fit the model, or `kept` the plan.
     """
 
-    def __init__(self, model: PreTrainedModel, plan: SplitPlan, kept: Sequence[int], weights: DistillLoss) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        plan: SplitPlan,
+        kept: Sequence[int],
+        weights: DistillLoss,
+        options: DistillOptions | None = None,
+    ) -> None:
         super().__init__()
         if len(kept) != plan.keep:
             raise SplitError(f"kept is {list(kept)}; name split.keep = {plan.keep} layers of the middle")
         depth = depth_of(model)
         middle = plan.middle(depth)
-        positions = [*range(middle.stop), *(middle[i] for i in kept), *range(middle.stop, depth)]
+        options = options or DistillOptions()
         self.plan, self.weights = plan, weights
-        self.model = with_layers(model, positions, share=True)
-        self._lanes = _Lanes()
+        self._sources = [*range(middle.stop), *(middle[i] for i in kept), *range(middle.stop, depth)]
+        self._students = range(middle.stop, middle.stop + plan.keep)
+        self.model = with_layers(model, self._sources, share=True)
+        self._lanes = Lanes(family_of(model).returns_tuple, options.checkpointing)
         self._install(middle)
+        # After the model, so that the parameters which both hold go by their names in the model.
+        self.head = LanguageHead(self.model, options.head_tokens)
+        if options.compile:
+            for layer in layers_of(self.model):
+                layer.layer.compile(dynamic=False)  # type: ignore[union-attr,operator]
 
     def _install(self, middle: range) -> None:
-        layers = layers_of(self.model)
-        keep = self.plan.keep
-        for i in middle:
-            layers[i] = _TeacherLayer(layers[i], self._lanes, i == middle.start, i == middle.stop - 1)
+        layers, students = layers_of(self.model), self._students
         self.model.requires_grad_(False)
-        for i in range(middle.stop, middle.stop + keep):
-            student = _unshared(layers[i])
-            student.requires_grad_(True)
-            layers[i] = _StudentLayer(student, self._lanes, i == middle.stop, i == middle.stop + keep - 1)
+        for i in range(len(layers)):
+            layers[i] = self._lane_layer(layers[i], i, middle, students)
         set_layers(self.model, layers)
-        self._students = range(middle.stop, middle.stop + keep)
+
+    def _lane_layer(self, layer: nn.Module, i: int, middle: range, students: range) -> LaneLayer:
+        if i in middle:
+            return TeacherLayer(layer, self._lanes, i == middle[0], i == middle[-1])
+        if i in students:
+            return StudentLayer(_unshared(layer).requires_grad_(True), self._lanes, i == students[0], i == students[-1])
+        return AdapterLayer(layer, self._lanes)
 
     def train(self, mode: bool = True) -> DistillModel:
         """Dropout and the like for E alone: what the teacher says must not be noise."""
@@ -149,25 +102,52 @@ class DistillModel(nn.Module):
         labels: torch.Tensor,
         position_ids: torch.Tensor | None = None,
         real: torch.Tensor | None = None,
+        setting: Setting | None = None,
     ) -> dict[str, torch.Tensor]:
         """One pass of teacher and student.
 
         Args:
             input_ids, labels, position_ids: int64 [B, T], as the packer makes them; labels are not shifted.
             real: bool [B, T], False on padding.
+            setting: evaluate one lane alone, without gradients: the full or the emulated model.
 
         Returns:
-            Float32 scalars: `loss`, the weighted sum that is minimised, and its parts `lm_loss` and `kd_loss`.
+            Float32 scalars, means over the B rows: `loss`, the weighted sum that is minimised, and its parts
+            `lm_loss` and `kd_loss`. With a `setting`, `nll`, the summed cross-entropy in nats of the
+            positions that are learnt, and `tokens`, how many those are.
         """
-        with isolated_documents(self.model):
-            output = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-        lanes = self._lanes
-        assert lanes.student is not None and lanes.teacher is not None
-        kd_loss = normalized_mse(lanes.student, lanes.teacher, real)
-        lm_loss = next_token_loss(output.logits, labels)
-        lanes.start = lanes.teacher = lanes.student = None
+        self._lanes.begin(setting)
+        try:
+            if setting is not None:
+                with torch.no_grad():
+                    nll = self.head(self._hidden(input_ids, position_ids), labels, summed=True)
+                return {"nll": nll, "tokens": (labels[:, 1:] != IGNORED).sum().float()}
+            lm_loss = self.head(self._hidden(input_ids, position_ids), labels)
+            assert self._lanes.student is not None and self._lanes.teacher is not None
+            kd_loss = normalized_mse(self._lanes.student, self._lanes.teacher, real)
+        finally:
+            self._lanes.begin(None)
         loss = self.weights.lm_weight * lm_loss + self.weights.kd_weight * kd_loss
         return {"loss": loss, "lm_loss": lm_loss.detach(), "kd_loss": kd_loss.detach()}
+
+    def _hidden(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
+        return body_output(self.model, input_ids, position_ids)
+
+    def origins(self) -> dict[str, str]:
+        """Where each tensor's start comes from.
+
+        Returns:
+            The name of every parameter and persistent buffer of this module -> its name in the full model's
+            own state dict. E's tensors start as those of the layers that it keeps.
+        """
+        path = f"model.{family_of(self.model).layers}."
+        return {name: self._origin(name, path) for name in _stored_names(self)}
+
+    def _origin(self, name: str, path: str) -> str:
+        if not name.startswith(path):
+            return name.removeprefix("model.")
+        place, _, rest = name.removeprefix(path).partition(".layer.")
+        return f"{path.removeprefix('model.')}{self._sources[int(place)]}.{rest}"
 
     def emulator_state(self, trained: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         """The tensors of E, named ``<layer of E>.<name>``.
@@ -187,19 +167,19 @@ class DistillModel(nn.Module):
         }
 
 
-def next_token_loss(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of predicting each label from the position before it; labels of -100 don't count.
+def body_output(model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
+    """Hidden states [B, T, D] after the final norm, packed documents kept apart; the head is not run."""
+    body = model.base_model
+    with isolated_documents(model, body):
+        return body(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
 
-    Returns:
-        A float32 scalar; 0 (with a gradient of 0) where nothing is to be predicted.
-    """
-    targets = labels_BT[:, 1:]
-    wanted = targets != -100
-    # Only positions that are learnt are lifted to float32: the whole [B, T, V] never is.
-    logits = logits_BTV[:, :-1][wanted].float()
-    if logits.shape[0] == 0:
-        return logits_BTV.float().sum() * 0.0
-    return F.cross_entropy(logits, targets[wanted])
+
+def _stored_names(module: nn.Module) -> list[str]:
+    names = [name for name, _ in module.named_parameters()]
+    for path, child in module.named_modules():
+        kept = (name for name in child._buffers if name not in child._non_persistent_buffers_set)
+        names += [f"{path}.{name}" if path else name for name in kept]
+    return names
 
 
 def _unshared(module: nn.Module) -> nn.Module:

@@ -28,11 +28,15 @@ class Family:
     """Whether linear maps are stored [in, out] (GPT-2's `Conv1D`) rather than [out, in]."""
     positions_isolate: bool = True
     """Whether the architecture derives a block-diagonal mask from `position_ids` that restart at 0."""
+    logits_cap: str | None = None
+    """The config field of a bound that logits are squashed to, ``cap * tanh(logits / cap)``."""
+    returns_tuple: bool = False
+    """Whether a layer returns a tuple that starts with the hidden states, rather than the hidden states."""
 
 
 FAMILIES: dict[str, Family] = {
-    "bloom": Family("transformer.h", "transformer.ln_f", positions_isolate=False),
-    "gemma2": Family("model.layers", "model.norm"),
+    "bloom": Family("transformer.h", "transformer.ln_f", positions_isolate=False, returns_tuple=True),
+    "gemma2": Family("model.layers", "model.norm", logits_cap="final_logit_softcapping"),
     "gpt2": Family("transformer.h", "transformer.ln_f", transposed=True),
     "llama": Family("model.layers", "model.norm"),
     "mistral": Family("model.layers", "model.norm"),

@@ -18,8 +18,11 @@ from ot_ray.model.families import family_of, layers_of
 
 
 @contextmanager
-def isolated_documents(model: PreTrainedModel) -> Iterator[None]:
+def isolated_documents(model: PreTrainedModel, called: nn.Module | None = None) -> Iterator[None]:
     """While open, `model(input_ids=..., position_ids=...)` keeps packed documents apart.
+
+    Args:
+        called: the module inside `model` that is called in its place, such as its body; unset, `model`.
 
     `position_ids`, int64 [B, T], restart at 0 where a document begins. A pass without them, or with a
     key-value cache (generation), is left as it is.
@@ -28,7 +31,7 @@ def isolated_documents(model: PreTrainedModel) -> Iterator[None]:
         yield
         return
     masks = _Masks(model)
-    handles = [model.register_forward_pre_hook(masks.begin, with_kwargs=True)]
+    handles = [(called or model).register_forward_pre_hook(masks.begin, with_kwargs=True)]
     handles += [layer.register_forward_pre_hook(masks.hand_over, with_kwargs=True) for layer in layers_of(model)]
     try:
         yield

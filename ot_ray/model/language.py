@@ -7,17 +7,19 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from ot_ray.model.distill import next_token_loss
-from ot_ray.model.isolation import isolated_documents
+from ot_ray.model.distill import body_output
+from ot_ray.model.losses import LanguageHead
 
 
 class LanguageModel(nn.Module):
-    """Wraps a full, emulated, plug-in or PEFT model. Letters: B batch, T positions."""
+    """Wraps a full, emulated, plug-in or PEFT model. Letters: B rows, T positions."""
 
     def __init__(self, model: PreTrainedModel | PeftModel) -> None:
         super().__init__()
         # PEFT puts its layers into the base model; its own wrapper would pass by the model's hooks.
         self.model: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[assignment]
+        # After the model, so that the parameters which both hold go by their names in the model.
+        self.head = LanguageHead(self.model)
 
     def forward(
         self,
@@ -29,8 +31,7 @@ class LanguageModel(nn.Module):
         """All int64 [B, T] (`real` bool), as the packer makes them; labels are not shifted.
 
         Returns:
-            `loss`, the mean cross-entropy over the tokens that are learnt, a float32 scalar.
+            `loss`, the mean over rows of each row's mean cross-entropy over its tokens that are learnt, a
+            float32 scalar.
         """
-        with isolated_documents(self.model):
-            output = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-        return {"loss": next_token_loss(output.logits, labels)}
+        return {"loss": self.head(body_output(self.model, input_ids, position_ids), labels)}
