@@ -2,6 +2,7 @@
 
 from ot_ray.launch.cluster import ray_cluster
 from ot_ray.launch.jobs import JobLauncher, JobSpec, RayJobLauncher, wait_for_job
+from ot_ray.launch.metrics import RunMetrics
 from ot_ray.launch.ports import require_free_port
 from ot_ray.launch.workers import WorkerGroup, run_workers
 
@@ -9,6 +10,7 @@ __all__ = [
     "JobLauncher",
     "JobSpec",
     "RayJobLauncher",
+    "RunMetrics",
     "WorkerGroup",
     "ray_cluster",
     "require_free_port",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -45,7 +46,7 @@ def ray_cluster(
         show_logs: print here what tasks and actors print there.
 
     Raises:
-        LaunchError: Ray could not be reached or started.
+        LaunchError: Ray could not be reached or started, or this process belongs to another cluster already.
         MissingDependencyError: Ray is not installed.
     """
     address = address or os.environ.get("RAY_ADDRESS")
@@ -60,11 +61,13 @@ def ray_cluster(
             "Ray is not installed; install the platform's part: pip install 'ot_ray[platform]'"
         ) from None
 
-    if ray.is_initialized():
-        yield _address()
-        return
     if address is not None:
         _require_listener(address)
+    if ray.is_initialized():
+        current = _address()
+        _require_same(address, current.ray)
+        yield current
+        return
     # Options of a cluster that is being started are refused for one that exists.
     new = {} if address else {"num_cpus": num_cpus, "include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}
     try:
@@ -92,6 +95,35 @@ def _require_listener(address: str) -> None:
         raise LaunchError(
             f"address is {address!r}, where no Ray cluster answers ({error}); check it with `ray status`"
         ) from None
+
+
+def _require_same(asked: str | None, current: str) -> None:
+    if asked is None or asked == "auto":
+        return
+    from ray.util.client import ray as client
+
+    if asked.startswith("ray://"):
+        # A client's port says nothing of the cluster behind it.
+        known = f"ray://{getattr(client.worker, '_conn_str', '')}" if client.is_connected() else None
+    else:
+        known = current
+    if known is None or _endpoint(asked) != _endpoint(known):
+        raise LaunchError(
+            f"address is {asked!r}, but this process belongs to the Ray cluster at {current} already; leave the "
+            "address unset to use that one, or start another process"
+        )
+
+
+def _endpoint(address: str) -> tuple[str, int]:
+    from ray.util import get_node_ip_address
+
+    match = _ADDRESS.fullmatch(address)
+    assert match is not None, address
+    with contextlib.suppress(OSError):
+        host = socket.gethostbyname(match["host"])
+        # This machine has several names; a port on it belongs to one cluster.
+        return "here" if host.startswith("127.") or host == get_node_ip_address() else host, int(match["port"])
+    return match["host"].strip("[]"), int(match["port"])
 
 
 @contextmanager

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
 
 import pytest
 
+from ot_ray.errors import LaunchError
 from ot_ray.launch.cluster import ClusterAddress
 from tests.fixtures.s3 import free_port
 
@@ -35,6 +37,33 @@ def test_a_second_use_takes_the_ray_that_runs(local_ray: ClusterAddress) -> None
         assert inner == local_ray
     assert ray.is_initialized()
     assert ray.cluster_resources()["CPU"] == 4
+
+
+@pytest.mark.slow
+def test_an_address_of_the_ray_that_runs_is_taken_by_any_of_its_names(local_ray: ClusterAddress) -> None:
+    from ot_ray.launch import ray_cluster
+
+    port = local_ray.ray.rpartition(":")[2]
+    for address in (local_ray.ray, f"127.0.0.1:{port}", f"localhost:{port}"):
+        with ray_cluster(address) as inner:
+            assert inner == local_ray
+
+
+@pytest.mark.slow
+def test_another_address_than_that_of_the_ray_that_runs_is_refused(local_ray: ClusterAddress) -> None:
+    import ray
+
+    from ot_ray.launch import ray_cluster
+
+    with socket.create_server(("127.0.0.1", 0)) as somebody:
+        other = f"127.0.0.1:{somebody.getsockname()[1]}"
+        for address in (other, f"ray://{other}"):
+            with pytest.raises(LaunchError, match="belongs to the Ray cluster at") as caught, ray_cluster(address):
+                pass
+            assert f"address is {address!r}" in str(caught.value)
+    with pytest.raises(LaunchError, match="no Ray cluster answers"), ray_cluster(other):
+        pass
+    assert ray.is_initialized()
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ def sum_of_ranks(payload: dict[str, Any]) -> dict[str, Any]:
 
 def our_error(payload: dict[str, Any]) -> dict[str, Any]:
     if dist.get_rank() == payload["rank"]:
+        _mark(payload["seen"])
         raise TrainingError("the loss became nan at step 7; lower training.lr")
     # The others wait for it, as they do in training.
     dist.barrier()
@@ -28,7 +29,33 @@ def our_error(payload: dict[str, Any]) -> dict[str, Any]:
 
 
 def foreign_error(payload: dict[str, Any]) -> dict[str, Any]:
-    raise ValueError(f"not our tree: {payload['word']}")
+    if dist.get_rank() == 0:
+        _mark(payload["seen"])
+        raise ValueError(f"not our tree: {payload['word']}")
+    dist.barrier()
+    return {}
+
+
+def collateral_error(payload: dict[str, Any]) -> dict[str, Any]:
+    """In its first life rank 1 dies, and rank 0 takes what it then sees for the user's error."""
+    died = Path(payload["died"])
+    second = died.exists()
+    dist.barrier()
+    if second:
+        return {"life": 2}
+    if dist.get_rank() == 1:
+        died.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        dist.barrier()
+    except RuntimeError as error:
+        raise TrainingError("the other worker is silent") from error
+    return {"life": 1}
+
+
+def _mark(path: str) -> None:
+    with Path(path).open("a") as file:
+        file.write("x")
 
 
 def distil_and_die_once(payload: dict[str, Any]) -> dict[str, Any]:
