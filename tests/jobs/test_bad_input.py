@@ -5,6 +5,7 @@ process, and a few again as processes of their own."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,7 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
+from tests.fixtures.models import VOCAB
 from tests.jobs.conftest import Command
 from tests.jobs.scene import (
     POSITIONS,
@@ -38,7 +43,8 @@ SOUND = {
                 "store={place}/registry"),
     "make_emulator": (*MODEL, "model.dtype=float32", "version=v1", "run=r1", "data={{source: {place}/train.jsonl}}",
                       "split={{bottom: 1, keep: 2, top: 1}}", "sequence_length=16", SHORT,
-                      "workers={{count: 2, gpus: 0}}", "store={place}/owner", "bundles={place}/bundles"),
+                      "workers={{count: 2, gpus: 0}}", "validation=null", "gate={{}}",
+                      "store={place}/owner", "bundles={place}/bundles"),
     "evaluate": (*MODEL, "bundle.folder={place}/bundle", "adapter={place}/adapter", "train.source={place}/train.jsonl",
                  "test.source={place}/train.jsonl", "sequence_length=16", SHORT, "output={place}/report"),
 }  # fmt: skip
@@ -67,6 +73,33 @@ def misshaped(state: dict[str, torch.Tensor]) -> None:
 
 def extra(state: dict[str, torch.Tensor]) -> None:
     state["model.decoder.layers.9.fc1.bias"] = torch.zeros(2)
+
+
+def sharded_without(missing: str) -> Spoil:
+    """Weights in two shards, of which one is not there."""
+
+    def spoil(place: Path) -> None:
+        weights = load_file(place / "full/model.safetensors")
+        (place / "full/model.safetensors").unlink()
+        names = sorted(weights)
+        held = {name: f"model-{1 + (i > len(names) // 2)}.safetensors" for i, name in enumerate(names)}
+        for shard in sorted(set(held.values())):
+            save_file({name: weights[name] for name in names if held[name] == shard}, place / "full" / shard)
+        (place / "full/model.safetensors.index.json").write_text(json.dumps({"weight_map": held}))
+        (place / missing).unlink()
+
+    return spoil
+
+
+def other_tokenizer(place: Path) -> None:
+    words = {"<pad>": 0, "</s>": 1, **{f"w{i}": i for i in range(2, 2 * VOCAB)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="</s>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(place / "full")
+
+
+def without_tokenizer(place: Path) -> None:
+    for path in (place / "full").glob("tokenizer*"):
+        path.unlink()
 
 
 ROWS = {
@@ -119,9 +152,28 @@ ROWS = {
                                          ("model.source=nobody/nothing",)),
     "a model's configuration that is no JSON": Row("make_emulator", ("model.source is", "/full", "config.json"), (),
                                                    written("full/config.json", "{")),
-    "weights cut off": Row("plug_in", ("model.source is", "/full"), (), cut("full/model.safetensors")),
-    "no weights": Row("plug_in", ("model.source is", "/full"), (), removed("full/model.safetensors")),
+    "weights cut off": Row("plug_in", ("model.safetensors", "/full"), (), cut("full/model.safetensors")),
+    "no weights": Row("plug_in", ("neither model.safetensors nor", "/full"), (), removed("full/model.safetensors")),
     "no key": Row("make_emulator", ("nowhere.pem",), ("private_key={place}/nowhere.pem",)),
+    "a shard that is missing": Row("make_emulator", ("model-2.safetensors", "/full"), (),
+                                   sharded_without("full/model-2.safetensors")),
+    "a shard cut off": Row("make_emulator", ("model.safetensors", "/full"), (), cut("full/model.safetensors")),
+    "weights that are no safetensors": Row("make_emulator", ("model.safetensors", "/full"), (),
+                                           written("full/model.safetensors", b"\x80\x04K\x01." * 99)),
+    "a tokenizer of another model": Row("make_emulator", ("the tokenizer has", f"{VOCAB} embeddings"), (),
+                                        other_tokenizer),
+    "no tokenizer": Row("make_emulator", ("the tokenizer holds 1 special tokens and no others",), (),
+                        without_tokenizer),
+    "a gate without text": Row("make_emulator", ("gate.min_gap is 0.1", "set validation.source"),
+                               ("gate={{min_gap: 0.1}}",)),
+    "no held-out text": Row("make_emulator", ("nowhere.jsonl",), ("validation={{source: {place}/nowhere.jsonl}}",)),
+    "a batch for fewer workers": Row("make_emulator", ("training.batch_size is 2", "up to 3 workers"),
+                                     ("workers={{count: [1, 3]}}",)),
+    "fewer workers at most than at least": Row("make_emulator", ("workers.count is [3, 2]",),
+                                               ("workers={{count: [3, 2]}}",)),
+    "an unknown kind of machine": Row("make_emulator", ("hardware is 'z9'", "h200"), ("plan=true", "hardware=z9")),
+    "a plan for unnamed GPUs": Row("make_emulator", ("hardware is not set", "hardware=h200"),
+                                   ("--plan", "workers={{count: 1, gpus: 1}}")),
     # Bundles.
     "no bundle": Row("tune", ("nowhere",), ("bundle.folder={place}/nowhere",)),
     "a folder that is no bundle": Row("tune", ("/full is no valid bundle", "manifest.json is missing"),

@@ -1,0 +1,1 @@
+"""What `python -m jobs.benchmark` measures, one module a benchmark."""

@@ -1,0 +1,1 @@
+"""The parts of `jobs.make_emulator`: settings, identity, one night's work, the bundle, records and report."""

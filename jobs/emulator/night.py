@@ -1,0 +1,204 @@
+"""One night's work, in an order that may be cut off anywhere: distil, judge, record, publish, release, report.
+
+Every step finds by the store whether it is done, so that the same inputs finish what is missing and then do nothing."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jobs.emulator.assembly import assemble
+from jobs.emulator.config import MakeEmulatorConfig
+from jobs.emulator.identity import Inputs, for_workers, look_up
+from jobs.emulator.records import Record, Records, finite
+from jobs.emulator.reporting import report_key, write_report
+from ot_ray.artifacts import Lease, Releases, hold_lease, list_versions, publish_bundle
+from ot_ray.artifacts.manifest import MANIFEST, now
+from ot_ray.errors import ConfigError, EmulatorRejectedError, NotFoundError
+from ot_ray.evaluation import Measured, judge
+from ot_ray.store import PatientStore, Store, open_store, upload_folder
+from ot_ray.training import kept_layers
+from ot_ray.training.identity import differences, identity_digest
+
+Distil = Callable[[dict[str, Any], str], dict[str, Any]]
+"""Distils as `distill` does, given what workers are handed and the run's name."""
+
+
+def run_night(config: MakeEmulatorConfig, distil: Distil) -> dict[str, Any]:
+    """Make, judge and release the emulator that follows from the inputs, unless that is done.
+
+    Returns:
+        `published`, `version`, `run`, `bundle_id` and `emulator_gap`; and `already`, or what distilling returned.
+
+    Raises:
+        ConfigError: the version is published and was made from other inputs; names what differs.
+        EmulatorRejectedError: the emulator failed the gate, now or earlier; the current release stays.
+        LeaseHeldError: another run of the model is going (only with `on_busy: leave`).
+        LeaseLostError: another run took over; nothing was published.
+    """
+    store = open_store(config.store)
+    night = _Night(config, look_up(config), store)
+    done = night.settled()
+    if done is not None:
+        return done
+    patience = config.training.store_patience_s
+    with hold_lease(
+        store, config.model.name, ttl_s=config.lease_ttl_s, wait=config.on_busy == "wait", patience_s=patience
+    ) as lease:
+        # Whoever held the lease before may have made just this version.
+        return night.settled() or night.make(lease, distil)
+
+
+class _Night:
+    def __init__(self, config: MakeEmulatorConfig, inputs: Inputs, store: Store) -> None:
+        patience = config.training.store_patience_s
+        self._config, self._inputs = config, inputs
+        self._store = PatientStore(store, patience)
+        self._bundles = PatientStore(open_store(config.bundles or config.store), patience)
+        self._records = Records(self._store, config.model.name)
+        self._releases = Releases(self._bundles, config.model.name)
+
+    def settled(self) -> dict[str, Any] | None:
+        """What to answer where nothing is left to do; None where something is."""
+        record = self._records.get(self._inputs.version)
+        if record is None:
+            self._refuse_unknown()
+            return None
+        self._refuse_other(record)
+        if record.outcome == "rejected":
+            if self._config.retry:
+                return None
+            raise EmulatorRejectedError(
+                f"{_rejected(record)}; nothing was run. Change the inputs, or set retry=true to judge it again"
+            )
+        if self._is_published() and self._releases.released(record.version) and self._store.exists(report_key(record)):
+            return {**_answer(record), "already": True}
+        return None
+
+    def make(self, lease: Lease, distil: Distil) -> dict[str, Any]:
+        """Do what is missing."""
+        record = self._records.get(self._inputs.version)
+        if record is None or record.outcome == "rejected":
+            summary = self._distilled(lease, distil)
+            record = self._judged(summary)
+        if record.outcome == "rejected":
+            self._keep(lease, record)
+        record = self._publish(lease, record)
+        return {**_answer(record), **record.summary}
+
+    def _distilled(self, lease: Lease, distil: Distil) -> dict[str, Any]:
+        """What distilling returned, now or before this job was cut off."""
+        key = f"runs/{self._inputs.run}/result.json"
+        made_from = {"identity": identity_digest(self._inputs.identity["run"]), "text": self._inputs.text}
+        try:
+            before = json.loads(self._store.read(key))
+        except NotFoundError:
+            before = {}
+        if {name: before.get(name) for name in made_from} == made_from:
+            return before["summary"]
+        summary = distil(for_workers(self._config, self._inputs), self._inputs.run)
+        lease.require()
+        self._store.write(key, json.dumps({**made_from, "summary": summary}).encode())
+        return summary
+
+    def _judged(self, summary: dict[str, Any]) -> Record:
+        config, inputs = self._config, self._inputs
+        found = summary["perplexity"]
+        verdict = judge(config.gate, found, inputs.text, self._current())
+        return Record(
+            model=config.model.name,
+            version=inputs.version,
+            run=inputs.run,
+            outcome="accepted" if verdict.passed else "rejected",
+            identity=inputs.identity,
+            bundle_id="",
+            depth=inputs.depth,
+            kept=tuple(kept_layers(inputs.depth, config.split)),
+            perplexity=finite(found),
+            text=inputs.text,
+            verdict=verdict,
+            summary={name: value for name, value in summary.items() if name != "perplexity"},
+            config=config.model_dump(mode="json"),
+            created=now(),
+        )
+
+    def _current(self) -> Measured | None:
+        """The figures of the current release, where this store has them."""
+        version = self._releases.current()
+        record = self._records.get(version) if version is not None else None
+        return record.measured() if record is not None else None
+
+    def _keep(self, lease: Lease, record: Record) -> None:
+        """Keep a rejected bundle where no customer looks. Raises EmulatorRejectedError."""
+        prefix = f"candidates/{record.model}/{record.version}"
+        with tempfile.TemporaryDirectory() as temporary:
+            record = self._assembled(Path(temporary) / "bundle", record)
+            lease.require()
+            if not self._store.exists(f"{prefix}/{MANIFEST}"):
+                upload_folder(self._store, Path(temporary) / "bundle", prefix, last=MANIFEST)
+        self._store.write(f"{prefix}.verdict.json", record.verdict.model_dump_json(indent=2).encode())
+        write_report(self._store, self._config, record)
+        # Last: what is recorded is not made again.
+        self._records.put(record)
+        current = self._releases.current()
+        raise EmulatorRejectedError(
+            f"{_rejected(record)}; it is kept under {prefix} in {self._store.url}, and "
+            + (f"{current} stays current" if current else "nothing is released yet")
+        )
+
+    def _publish(self, lease: Lease, record: Record) -> Record:
+        if not self._is_published():
+            with tempfile.TemporaryDirectory() as temporary:
+                record = self._assembled(Path(temporary) / "bundle", record)
+                lease.require()
+                # The owner's own record holds what a bundle must not tell. It comes first, because a version that
+                # is published is never made again, and its record would be missing for ever.
+                self._records.put(record)
+                publish_bundle(self._bundles, Path(temporary) / "bundle")
+        if not self._releases.released(record.version):
+            lease.require()
+            self._releases.release(record.version)
+        write_report(self._store, self._config, record)
+        return record
+
+    def _assembled(self, folder: Path, record: Record) -> Record:
+        """Write the bundle; the record with its id."""
+        manifest = assemble(folder, self._config, self._inputs, self._store, record.perplexity)
+        return record.model_copy(update={"bundle_id": manifest.bundle_id})
+
+    def _is_published(self) -> bool:
+        return self._inputs.version in list_versions(self._bundles, self._config.model.name)
+
+    def _refuse_unknown(self) -> None:
+        if self._is_published():
+            raise ConfigError(
+                f"version {self._inputs.version} of {self._config.model.name} is published in {self._bundles.url}, but "
+                f"{self._store.url} does not know what it was made from; choose another version, or name the store in "
+                "which it was made"
+            )
+
+    def _refuse_other(self, record: Record) -> None:
+        others = differences(self._inputs.identity, record.identity)
+        if others:
+            raise ConfigError(
+                f"version {record.version} of {record.model} was made from other inputs: {', '.join(others)} "
+                f"{'differs' if len(others) == 1 else 'differ'}, and a version never changes; choose another version, "
+                "or leave it unset"
+            )
+
+
+def _rejected(record: Record) -> str:
+    return f"version {record.version} of {record.model} was rejected: {'; '.join(record.verdict.reasons)}"
+
+
+def _answer(record: Record) -> dict[str, Any]:
+    return {
+        "published": f"bundles/{record.model}/{record.version}",
+        "version": record.version,
+        "run": record.run,
+        "bundle_id": record.bundle_id,
+        "emulator_gap": record.perplexity,
+    }
