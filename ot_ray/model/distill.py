@@ -149,22 +149,26 @@ class DistillModel(nn.Module):
         place, _, rest = name.removeprefix(path).partition(".layer.")
         return f"{path.removeprefix('model.')}{self._sources[int(place)]}.{rest}"
 
+    def emulator_names(self) -> dict[str, str]:
+        """``<layer of E>.<name>`` for the name of each parameter of E in this module."""
+        path = f"model.{family_of(self.model).layers}"
+        return {
+            name: f"{place}.{name[len(prefix) :]}"
+            for place, i in enumerate(self._students)
+            for prefix in [f"{path}.{i}.layer."]
+            for name, _ in self.named_parameters()
+            if name.startswith(prefix)
+        }
+
     def emulator_state(self, trained: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-        """The tensors of E, named ``<layer of E>.<name>``.
+        """The tensors of E, named as `emulator_names` says.
 
         Args:
             trained: this module's trainable parameters by their names in it, where an engine holds them
                 elsewhere; unset, the module's own.
         """
         tensors = trained if trained is not None else dict(self.named_parameters())
-        path = f"model.{family_of(self.model).layers}"
-        return {
-            f"{place}.{name[len(prefix) :]}": tensor.detach()
-            for place, i in enumerate(self._students)
-            for prefix in [f"{path}.{i}.layer."]
-            for name, tensor in tensors.items()
-            if name.startswith(prefix)
-        }
+        return {ours: tensors[name].detach() for name, ours in self.emulator_names().items()}
 
 
 def body_output(model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:

@@ -3,7 +3,9 @@
 from ot_ray.training.checkpoints import Checkpoints
 from ot_ray.training.config import TrainingConfig
 from ot_ray.training.deepspeed_engine import DeepSpeedEngine
-from ot_ray.training.distillation import DistillConfig, distill, distilled_state, kept_layers
+from ot_ray.training.distill_config import DistillConfig
+from ot_ray.training.distillation import distill, kept_layers
+from ot_ray.training.emulator_weights import distilled_state
 from ot_ray.training.engine import Engine, TorchEngine
 from ot_ray.training.loop import TrainingResult, train
 from ot_ray.training.schedule import lr_at

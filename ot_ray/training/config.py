@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from ot_ray.config import Config
+
+_HOW_COMPUTED = {
+    "micro_batch_size",
+    "zero_stage",
+    "offload_optimizer",
+    "offload_parameters",
+    "activation_checkpointing",
+    "compile",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "evaluate_every",
+    "store_patience_s",
+}
+"""Settings that change what a run costs, and where it is looked at, but not its losses."""
 
 
 class TrainingConfig(Config):
@@ -36,12 +50,22 @@ class TrainingConfig(Config):
     """Of matrix products. Weights that learn keep a float32 master copy in either case."""
     zero_stage: int = Field(default=0, ge=0, le=3)
     """DeepSpeed ZeRO: 0 replicates, 1 shards optimiser state, 2 gradients too, 3 weights too."""
+    offload_optimizer: bool = False
+    """Keep optimiser state in the machine's memory and step there; needs `zero_stage` 1 or more."""
+    offload_parameters: bool = False
+    """Keep the shards of the weights in the machine's memory between uses; needs `zero_stage` 3."""
+    activation_checkpointing: bool = False
+    """Compute activations again on the way back instead of keeping them."""
+    compile: bool = False
+    """Run the layers through `torch.compile`."""
     seed: int = Field(default=0, ge=0)
     """Decides data order and dropout."""
     checkpoint_every: int = Field(default=0, ge=0)
     """Steps between checkpoints; 0 takes none."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """How many of the latest checkpoints are kept."""
+    store_patience_s: float = Field(default=600.0, ge=0)
+    """Seconds that a run waits for a store that does not answer."""
     evaluate_every: int = Field(default=0, ge=0)
     """Steps between looks at the validation split; 0 looks at the end only."""
 
@@ -53,4 +77,11 @@ class TrainingConfig(Config):
             )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas is {self.betas}; each must be at least 0 and below 1")
+        for name, needed in (("offload_optimizer", 1), ("offload_parameters", 3)):
+            if getattr(self, name) and self.zero_stage < needed:
+                raise ValueError(f"{name} is on, but zero_stage is {self.zero_stage}; it needs {needed} or more")
         return self
+
+    def decisive(self) -> dict[str, Any]:
+        """The settings that decide the losses, as JSON values; how they are computed is left out."""
+        return self.model_dump(mode="json", exclude=_HOW_COMPUTED)

@@ -1,76 +1,151 @@
-"""The DeepSpeed engine: ZeRO 0 to 3, CPU and GPU, float32 and bfloat16. The only module that imports it.
+"""The DeepSpeed engine: ZeRO 0 to 3, CPU and GPU, float32 and bfloat16, offload of optimiser and weights.
 
 Workers are started by launch (or torchrun); this module finds the process group they set up."""
 
 from __future__ import annotations
 
-import contextlib
-import io
+import json
 import math
 import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
-from ot_ray.errors import MissingDependencyError, TrainingError
+from ot_ray.training import shards
 from ot_ray.training.config import TrainingConfig
-from ot_ray.training.engine import Batch, accumulation_steps, mean_of, parameter_groups
-
-_TAG = "engine"
+from ot_ray.training.deepspeed_loading import Fill, load_partitioned, load_whole
+from ot_ray.training.deepspeed_settings import deepspeed_settings, import_deepspeed, quiet
+from ot_ray.training.deepspeed_shards import follow_masters, prepare_masters, shards_of
+from ot_ray.training.engine import Batch, micro_batches, parameter_groups, summed, trainable
+from ot_ray.training.shards import Piece, Read, Shard
 
 
 class DeepSpeedEngine:
-    """A module under DeepSpeed. Only its trainable parameters get gradients and optimiser state.
+    """A module under DeepSpeed. Only its trainable parameters get gradients, optimiser state and, in
+    bfloat16, float32 masters.
 
     Args:
-        module: takes a batch as keyword arguments and returns a mapping of scalars with `loss`.
+        module: takes a batch as keyword arguments and returns a mapping of scalars with `loss`, each a mean
+            over the batch's rows. Its parameters may lie on the meta device.
+        fill: gives the values of whatever is on the meta device, and of every buffer that a checkpoint stores.
+            ZeRO-3 asks for this rank's own ranges only.
 
     Raises:
+        ConfigError: there are fewer rows in a batch than ranks.
         MissingDependencyError: DeepSpeed is not installed.
-        TrainingError: nothing is trainable, or the batch does not divide over workers and micro-batches.
+        TrainingError: nothing is trainable, or values are missing.
     """
 
-    def __init__(self, module: nn.Module, config: TrainingConfig) -> None:
-        deepspeed = _import_deepspeed()
-        # It prints on standard output that its operators are there.
-        with contextlib.redirect_stdout(io.StringIO()):
+    def __init__(self, module: nn.Module, config: TrainingConfig, fill: Fill | None = None) -> None:
+        deepspeed = import_deepspeed()
+        with quiet():
             deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self._accumulation = accumulation_steps(config, self.world_size)
-        self._config = config
-        if config.precision == "float32":
-            module.float()
-        # DeepSpeed takes a step of its own while it sets up bfloat16; at a rate of 0 that decays nothing.
-        optimizer = torch.optim.AdamW(parameter_groups(module, config), lr=0.0, betas=config.betas)
-        with contextlib.redirect_stdout(io.StringIO()):
+        self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else _CPU
+        self.local_loss = math.nan
+        self._config, self._stage = config, config.zero_stage
+        settings = deepspeed_settings(config, self.world_size)
+        parameter_groups(module, config)
+        with quiet():
+            self._load(module, fill, settings)
+            # DeepSpeed takes a step of its own while it sets up bfloat16; at a rate of 0 that decays nothing.
+            groups = parameter_groups(module, config)
+            self._adamw = torch.optim.AdamW(groups, lr=0.0, betas=config.betas, fused=True)
             self._engine, self._optimizer, *_ = deepspeed.initialize(
-                model=module, optimizer=optimizer, config=deepspeed_config(config, self.world_size)
+                model=module, optimizer=self._adamw, config=settings
             )
-        if config.zero_stage == 0:
-            # That step also counts in AdamW's bias correction, so it is forgotten.
-            optimizer.state.clear()
+        # That step also counts in AdamW's bias correction, so it is forgotten.
+        self._adamw.state.clear()
         self.module: nn.Module = self._engine.module
-        self.device = torch.device(self._engine.device)
         self._gathered = deepspeed.utils.safe_get_full_fp32_param
+        if fill is not None and config.precision == "bfloat16":
+            self._sharpen(fill)
 
-    def step(self, micro_batches: Sequence[Batch], lr: float) -> dict[str, float]:
-        if len(micro_batches) != self._accumulation:
-            raise TrainingError(f"{len(micro_batches)} micro-batches were given, {self._accumulation} are set up")
-        for group in self._optimizer.param_groups:
+    def step(self, batch: Batch, lr: float) -> dict[str, float]:
+        for group in self._adamw.param_groups:
             group["lr"] = lr
         outputs = []
         norm: float | None = None
-        for batch in micro_batches:
-            output = self._engine(**{name: tensor.to(self.device) for name, tensor in batch.items()})
-            self._engine.backward(output["loss"])
+        for rows, count in micro_batches(batch, self._config, self.rank, self.world_size):
+            output = self._engine(**{name: tensor.to(self.device) for name, tensor in rows.items()})
+            # DeepSpeed averages gradients over the ranks.
+            share = count * self.world_size / self._config.batch_size
+            self._engine.backward(output["loss"] * share, scale_wrt_gas=False)
             norm = self._norm_without_zero()
             self._engine.step()
-            outputs.append({name: value.detach() for name, value in output.items()})
-        return {**self.mean(mean_of(outputs)), "grad_norm": self._kept_norm() if norm is None else norm}
+            outputs.append(({name: value.detach() for name, value in output.items()}, count))
+        sums = summed(outputs)
+        self.local_loss = sums["loss"] / sum(count for _, count in outputs)
+        figures = {name: value / self._config.batch_size for name, value in self._added(sums).items()}
+        return {**figures, "grad_norm": self._kept_norm() if norm is None else norm}
+
+    def mean(self, values: Mapping[str, float]) -> dict[str, float]:
+        return {name: value / self.world_size for name, value in self._added(values).items()}
+
+    def gather(self, value: Any) -> list[Any]:
+        # JSON in plain tensors, because PyTorch's own way for objects is pickle.
+        text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=self.device)
+        lengths = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world_size)]
+        dist.all_gather(lengths, torch.tensor([text.numel()], device=self.device))
+        longest = max(int(length) for length in lengths)
+        texts = [torch.zeros(longest, dtype=torch.uint8, device=self.device) for _ in range(self.world_size)]
+        dist.all_gather(texts, nn.functional.pad(text, (0, longest - text.numel())))
+        return [
+            json.loads(bytes(padded[: int(length)].tolist())) for padded, length in zip(texts, lengths, strict=True)
+        ]
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def sizes(self) -> dict[str, int]:
+        return {name: int(getattr(p, "ds_numel", p.numel())) for name, p in trainable(self.module).items()}
+
+    def pieces(self) -> Iterator[Piece]:
+        if self._stage == 0 and self.rank != 0:
+            return iter(())
+        return shards.pieces(self._shards(), self._adamw)
+
+    def restore(self, step: int, read: Read) -> None:
+        prepare_masters(self._optimizer, self._stage)
+        shards.restore(self._shards(), self._adamw, step, read)
+        follow_masters(self._optimizer, self._stage)
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Shape of every trainable parameter, whole."""
+        return {name: getattr(p, "ds_shape", p.shape) for name, p in trainable(self.module).items()}
+
+    def masters(self) -> Iterator[tuple[str, Tensor]]:
+        """Every trainable weight in float32, whole, on the CPU, one at a time; all ranks go through them together."""
+        replicated = {shard.name: shard.master for shard in self._shards()} if self._stage == 0 else {}
+        for name, parameter in trainable(self.module).items():
+            master = self._gathered(parameter) if self._stage else replicated[name]
+            yield name, master.detach().cpu()
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        return {name: master.clone() for name, master in self.masters() if self.rank == 0}
+
+    def _load(self, module: nn.Module, fill: Fill | None, settings: dict[str, Any]) -> None:
+        dtype = torch.float32 if self._config.precision == "float32" else torch.bfloat16
+        if self._stage == 3:
+            load_partitioned(module, dtype, self.device, fill, settings)
+        else:
+            load_whole(module, dtype, self.device, fill)
+
+    def _sharpen(self, fill: Fill) -> None:
+        """Masters start from the values as they are stored, not from their bfloat16 rounding."""
+        for shard in self._shards():
+            shards.write(shard, fill(shard.name, shard.start, shard.start + shard.numel))
+
+    def _shards(self) -> list[Shard]:
+        return shards_of(self.module, self._optimizer, self._stage)
+
+    def _added(self, values: Mapping[str, float]) -> dict[str, float]:
+        tensor = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return dict(zip(values, tensor.tolist(), strict=True))
 
     def _kept_norm(self) -> float:
         # Where a gradient is not finite, DeepSpeed leaves the step out and keeps an older norm.
@@ -79,78 +154,10 @@ class DeepSpeedEngine:
 
     def _norm_without_zero(self) -> float | None:
         """The norm of the averaged gradients where DeepSpeed runs AdamW bare and keeps none itself."""
-        if not isinstance(self._optimizer, torch.optim.AdamW):
+        if not isinstance(self._optimizer, torch.optim.AdamW) or not self._engine.is_gradient_accumulation_boundary():
             return None
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients))
 
-    def mean(self, values: Mapping[str, float]) -> dict[str, float]:
-        tensor = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
-        return dict(zip(values, (tensor / self.world_size).tolist(), strict=True))
 
-    def barrier(self) -> None:
-        dist.barrier()
-
-    def save(self, folder: Path) -> None:
-        self._engine.save_checkpoint(str(folder), tag=_TAG, exclude_frozen_parameters=True)
-        # It adds a pointer to the newest tag, which the commit replaces, and scripts; a checkpoint is data.
-        for extra in (folder / "latest", *folder.glob("*.py")):
-            extra.unlink(missing_ok=True)
-
-    def load(self, folder: Path) -> None:
-        path, _ = self._engine.load_checkpoint(
-            str(folder), tag=_TAG, load_module_strict=False, load_lr_scheduler_states=False
-        )
-        if path is None:
-            raise TrainingError(f"DeepSpeed found no checkpoint in {folder}; remove the run and start it again")
-
-    def trainable_state(self) -> dict[str, torch.Tensor]:
-        state = {}
-        for name, parameter in self.module.named_parameters():
-            if parameter.requires_grad:
-                # One at a time, so that no rank holds more than one whole tensor beyond its shards.
-                master = self._master(parameter)
-                if self.rank == 0:
-                    state[name] = master.detach().cpu().clone()
-        return state
-
-    def _master(self, parameter: nn.Parameter) -> torch.Tensor:
-        """The whole float32 copy that the optimiser keeps of a weight; every rank calls this together."""
-        if self._config.zero_stage:
-            return self._gathered(parameter)
-        if self._config.precision == "float32":
-            return parameter
-        pairs = zip(self._optimizer.fp16_groups, self._optimizer.fp32_groups, strict=True)
-        return next(master for pair in pairs for weight, master in zip(*pair, strict=True) if weight is parameter)
-
-
-def deepspeed_config(config: TrainingConfig, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's own dictionary; the one place that makes it."""
-    accumulation = accumulation_steps(config, world_size)
-    return {
-        "train_micro_batch_size_per_gpu": config.batch_size // world_size // accumulation,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.grad_clip,
-        "zero_optimization": {"stage": config.zero_stage},
-        "bf16": {"enabled": config.precision == "bfloat16"},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 10**9,
-    }
-
-
-def _import_deepspeed() -> Any:
-    # Extensions are compiled once into this folder, by `make .venv` or by the first run.
-    from ot_ray.training.extensions import prepare_extensions
-
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    os.environ.setdefault("LOCAL_RANK", "0")
-    try:
-        import deepspeed
-    except ImportError:
-        raise MissingDependencyError(
-            "DeepSpeed is not installed; install the platform's part: pip install 'ot_ray[platform]'"
-        ) from None
-    prepare_extensions()
-    return deepspeed
+_CPU = torch.device("cpu")

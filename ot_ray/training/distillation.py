@@ -2,91 +2,112 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import tempfile
+import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
-from safetensors.torch import load, save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from ot_ray.config import Config
-from ot_ray.data import BatchStream, DataConfig, PackedDataset, load_sequences
-from ot_ray.model import (
-    DistillLoss,
-    DistillModel,
-    ModelConfig,
-    SplitPlan,
-    depth_of,
-    load_model,
-    load_tokenizer,
-    uniform_layers,
-)
-from ot_ray.store import Store, open_store
+from ot_ray.artifacts import ModelSource, open_model_source
+from ot_ray.data import PackedSequence, load_sequences, source_digest
+from ot_ray.data.streaming import open_stream
+from ot_ray.model import DistillModel, DistillOptions, SplitPlan, empty_model, uniform_layers
+from ot_ray.model.loading import DTYPES
+from ot_ray.store import PatientStore, Store, open_store
 from ot_ray.training.checkpoints import Checkpoints
-from ot_ray.training.config import TrainingConfig
 from ot_ray.training.deepspeed_engine import DeepSpeedEngine
+from ot_ray.training.distill_config import DistillConfig
+from ot_ray.training.emulator_gap import Setting, perplexity_over_ranks
+from ot_ray.training.emulator_weights import write_weights
+from ot_ray.training.history import RunHistory
+from ot_ray.training.identity import run_identity
 from ot_ray.training.loop import Report, train
-
-
-class DistillConfig(Config):
-    """What an emulator is distilled from, on what, and how. Travels to every worker as plain values."""
-
-    model: ModelConfig
-    """The full model."""
-    split: SplitPlan
-    """Adapter and emulator sizes."""
-    data: DataConfig
-    """The owner's public text; never a customer's."""
-    sequence_length: int = Field(default=512, ge=2)
-    """Tokens of a training sequence."""
-    loss: DistillLoss = DistillLoss()
-    """Weights of the objective."""
-    training: TrainingConfig
-    """The optimiser run; ZeRO stage and precision among it."""
-    store: str
-    """Folder or `s3://` address where checkpoints and bundles go."""
-    run: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")
-    """Name of the run; the same name resumes from its last checkpoint."""
+from ot_ray.training.text_source import files_of
+from ot_ray.training.utilisation import peak_flops, step_flops
 
 
 def distill(config: DistillConfig, report: Report | None = None) -> dict[str, Any]:
-    """Distil on this rank; rank 0 leaves the emulator's weights under ``runs/<run>/`` of the store.
+    """Distil on this rank; rank 0 leaves the emulator's weights and the history under ``runs/<run>/`` of the store.
 
-    Every rank of the group calls this with the same configuration.
+    Every rank of the group calls this with the same configuration. It goes on from the run's last committed
+    checkpoint, whatever number of ranks wrote that.
+
+    Args:
+        report: called on every rank after each step with that step's figures, `mfu` among them where the
+            device's peak is known.
 
     Returns:
-        Counts, the data's digest, and the first and last losses.
+        `steps`; `first` and `last`, figures of those steps; `data_digest`; `perplexity`, of the `full` model and of the
+        emulated one before (`dropped`) and after (`emulated`) distilling, where there is validation text.
     """
-    data = load_sequences(config.data, load_tokenizer(config.model), config.sequence_length)
+    # The ranks' places are known before there is a group: what reads text starts while weights are loaded.
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    training, patience = config.training, config.training.store_patience_s
+    source = open_model_source(config.model)
+    tokenizer = source.tokenizer()
+    batches = open_stream(
+        config.data,
+        tokenizer,
+        config.sequence_length,
+        training.batch_size,
+        training.seed,
+        rank,
+        world_size,
+        files=files_of(config.data, patience),
+    )
+    with contextlib.closing(batches), contextlib.closing(source):
+        engine, module = open_engine(config, source)
+        identity = _identity(config, source, engine)
+        plain = open_store(config.store)
+        store = PatientStore(plain, patience)
+        checkpoints = Checkpoints(
+            plain, f"runs/{config.run}/checkpoints", identity, keep=training.keep_checkpoints, patience_s=patience
+        )
+        gap = _Gap(config, engine, store, held_out(config, tokenizer))
+        if not checkpoints.committed():
+            gap.measure_start()
+        history = RunHistory(store, config.run, training.checkpoint_every if rank == 0 else 0)
+        with contextlib.closing(checkpoints):
+            train(
+                engine,
+                batches,
+                training,
+                checkpoints=checkpoints,
+                report=_reporting(config, source, history, engine, report),
+            )
+        perplexity = gap.measure_end()
+        _leave_weights(engine, module, store, config)
+        merged = history.close(engine.rank == 0)
+        engine.barrier()
+    return {
+        "steps": training.steps,
+        "first": merged[0] if merged else None,
+        "last": merged[-1] if merged else None,
+        "data_digest": identity["data"]["digest"],
+        "perplexity": perplexity,
+    }
+
+
+def open_engine(config: DistillConfig, source: ModelSource) -> tuple[DeepSpeedEngine, DistillModel]:
+    """The distillation under DeepSpeed, its weights read as they are sharded: under ZeRO-3 no rank holds more than
+    its own partitions and one whole tensor."""
     # Equal everywhere, so that replicas start equal; the loop then gives each rank its own.
     torch.manual_seed(config.training.seed)
-    model = load_model(config.model)
-    kept = kept_layers(depth_of(model), config.split)
-    distilled = DistillModel(model, config.split, kept, config.loss)
-    engine = DeepSpeedEngine(distilled, config.training)
-    store = open_store(config.store)
-    result = train(
-        engine,
-        BatchStream(data.sequences, config.training.batch_size, config.training.seed),
-        config.training,
-        checkpoints=Checkpoints(store, f"runs/{config.run}/checkpoints", _fingerprint(config, data)),
-        report=report,
-    )
-    trained = engine.trainable_state()
-    if engine.rank == 0:
-        _leave(store, config.run, distilled.emulator_state(trained), result.history)
-    engine.barrier()
-    return {
-        "steps": config.training.steps,
-        "documents": data.counts.documents,
-        "tokens": data.counts.tokens,
-        "data_digest": data.digest,
-        "first": result.history[0] if result.history else None,
-        "last": result.history[-1] if result.history else None,
-    }
+    full = empty_model(source.config, DTYPES[config.model.dtype])
+    places = source.stored_names(full)
+    options = DistillOptions(checkpointing=config.training.activation_checkpointing, compile=config.training.compile)
+    kept = kept_layers(source.config.num_hidden_layers, config.split)
+    module = DistillModel(full, config.split, kept, config.loss, options)
+    origins = module.origins()
+
+    def fill(name: str, start: int, end: int) -> Tensor:
+        return source.weights.read(places[origins[name]], start, end)
+
+    return DeepSpeedEngine(module, config.training, fill), module
 
 
 def kept_layers(depth: int, plan: SplitPlan) -> list[int]:
@@ -94,27 +115,75 @@ def kept_layers(depth: int, plan: SplitPlan) -> list[int]:
     return uniform_layers(len(plan.middle(depth)), plan.keep)
 
 
-def distilled_state(store: Store, run: str) -> dict[str, torch.Tensor]:
-    """The weights that `distill` left in the store, named ``<layer of E>.<name>``.
-
-    Raises:
-        NotFoundError: the run has not finished.
-    """
-    return load(store.read(f"runs/{run}/emulator.safetensors"))
-
-
-def _leave(store: Store, run: str, state: Mapping[str, torch.Tensor], history: list[dict[str, float]]) -> None:
-    with tempfile.TemporaryDirectory() as temporary:
-        path = Path(temporary) / "emulator.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
-        store.upload(path, f"runs/{run}/emulator.safetensors")
-    lines = "".join(json.dumps(entry) + "\n" for entry in history)
-    store.write(f"runs/{run}/history.jsonl", lines.encode())
+def held_out(config: DistillConfig, tokenizer: PreTrainedTokenizerBase) -> list[PackedSequence]:
+    """The validation text as sequences; none where none is set."""
+    if config.validation is None:
+        return []
+    files = files_of(config.validation, config.training.store_patience_s)
+    return load_sequences(config.validation, tokenizer, config.sequence_length, files=files).sequences
 
 
-def _fingerprint(config: DistillConfig, data: PackedDataset) -> dict[str, Any]:
-    values = config.model_dump(mode="json")
-    # Where things lie may change between a run and its resume; what they are may not.
-    for name in ("store", "run"):
-        del values[name]
-    return {**values, "data_digest": data.digest}
+class _Gap:
+    """Perplexities of one run: those before its first step are measured once and kept in the store."""
+
+    def __init__(
+        self, config: DistillConfig, engine: DeepSpeedEngine, store: Store, sequences: list[PackedSequence]
+    ) -> None:
+        self._engine, self._store, self._sequences = engine, store, sequences
+        self._rows = config.training.micro_batch_size or 4
+        self._key = f"runs/{config.run}/start.json"
+
+    def measure_start(self) -> None:
+        if not self._sequences:
+            return
+        before = {"full": self._of("full"), "dropped": self._of("emulated")}
+        if self._engine.rank == 0:
+            self._store.write(self._key, json.dumps(before).encode())
+
+    def measure_end(self) -> dict[str, float]:
+        if not self._sequences:
+            return {}
+        return {**json.loads(self._store.read(self._key)), "emulated": self._of("emulated")}
+
+    def _of(self, setting: Setting) -> float:
+        return perplexity_over_ranks(self._engine, self._sequences, setting, self._rows)
+
+
+def _identity(config: DistillConfig, source: ModelSource, engine: DeepSpeedEngine) -> dict[str, Any]:
+    """The run's identity; where whoever started it left the digests out, rank 0 computes them for all."""
+    model, data = config.model_version, config.data_digest
+    if engine.rank == 0:
+        model = model or source.version
+        data = data or source_digest(config.data, files_of(config.data, config.training.store_patience_s))
+    model, data = engine.gather([model, data])[0]
+    return run_identity(config, model, data)
+
+
+def _reporting(
+    config: DistillConfig, source: ModelSource, history: RunHistory, engine: DeepSpeedEngine, report: Report | None
+) -> Report:
+    """Adds the share of the device's peak to each step's figures, keeps them, and passes them on."""
+    peak = peak_flops(engine.device, config.training.precision)
+    flops = step_flops(source.config, config.split, config.training.batch_size, config.sequence_length)
+
+    def keep(figures: Mapping[str, float]) -> None:
+        figures = {**figures, "workers": engine.world_size}
+        if peak is not None:
+            figures = {**figures, "mfu": flops / (figures["seconds"] * peak * engine.world_size)}
+        history.add(figures)
+        if report is not None:
+            report(figures)
+
+    return keep
+
+
+def _leave_weights(engine: DeepSpeedEngine, module: DistillModel, store: Store, config: DistillConfig) -> None:
+    names = module.emulator_names()
+    if engine.rank != 0:
+        # Sharded weights are gathered by all ranks together.
+        for _ in engine.masters():
+            pass
+        return
+    shapes = {names[name]: tuple(shape) for name, shape in engine.shapes().items()}
+    named = ((names[name], tensor) for name, tensor in engine.masters())
+    write_weights(store, config.run, shapes, DTYPES[config.model.dtype], named)

@@ -13,14 +13,14 @@ import torch
 from torch import nn
 
 from ot_ray.data import BatchStream, PackedSequence, TokenSpan, pack
-from ot_ray.model import DistillLoss, DistillModel, LanguageModel, SplitPlan
+from ot_ray.model import DistillLoss, DistillModel, DistillOptions, LanguageModel, SplitPlan
 from ot_ray.training import TrainingConfig
 from tests.fixtures.models import VOCAB, tiny_model, tokens
 
 PLAN = SplitPlan(bottom=2, keep=2, top=1)
 KEPT = [0, 2]
 LENGTH = 12
-PATIENCE = 280.0
+PATIENCE = 600.0
 """Seconds a group of workers may take; starting two of them takes most of it on a busy machine."""
 
 
@@ -40,8 +40,8 @@ def stream(config: TrainingConfig) -> BatchStream:
     return BatchStream(sequences(), config.batch_size, config.seed)
 
 
-def distill_model() -> DistillModel:
-    return DistillModel(tiny_model("llama"), PLAN, KEPT, DistillLoss())
+def distill_model(**options: Any) -> DistillModel:
+    return DistillModel(tiny_model("llama"), PLAN, KEPT, DistillLoss(), DistillOptions(**options))
 
 
 def language_model() -> LanguageModel:

@@ -1,84 +1,160 @@
-"""A distillation on two workers, from a saved model and a JSONL file to weights in the store."""
+"""Distillations of a saved model on real ranks, from text in files to weights in the store: against one process of
+plain PyTorch, and against themselves when they are interrupted and go on with another number of ranks."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from ot_ray.data import DataConfig, load_sequences
+from ot_ray.artifacts import load_emulated, load_full, open_model_source
+from ot_ray.data import DataConfig, load_sequences, source_digest
+from ot_ray.data.streaming import open_stream
 from ot_ray.errors import NotFoundError
-from ot_ray.evaluation import mean_loss
-from ot_ray.model import ModelConfig, SplitPlan, emulate, load_emulator, load_model, load_tokenizer
-from ot_ray.model.families import layers_of
+from ot_ray.evaluation import perplexity
+from ot_ray.model import DistillLoss, DistillModel, ModelConfig, SplitPlan, load_emulator
 from ot_ray.store import open_store
-from ot_ray.training import Checkpoints, distilled_state, kept_layers
+from ot_ray.training import (
+    Checkpoints,
+    DistillConfig,
+    TorchEngine,
+    distilled_state,
+    kept_layers,
+    train,
+)
+from tests.artifacts.samples import tiny_tokenizer
+from tests.fixtures.models import VOCAB, tiny_model
+from tests.training.distilling import distil, distil_until
+from tests.training.samples import run_group
 
 pytestmark = pytest.mark.slow
 
+STEPS, SAVED, STOPPED = 8, 3, 5
+COMPARED = ("loss", "lm_loss", "kd_loss", "grad_norm", "lr")
+
 
 @pytest.fixture(scope="module")
-def emulated(distilling):
-    """The full model and its emulated models, before and after distilling."""
-    plan, full = SplitPlan(**distilling["split"]), load_model(ModelConfig(**distilling["model"]))
-    kept = kept_layers(6, plan)
-    dropped, distilled = (emulate(full, plan, kept) for _ in range(2))
-    load_emulator(distilled, plan, distilled_state(open_store(distilling["store"]), "nightly"))
-    return full, dropped, distilled
+def values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The plain values of a `DistillConfig` over a saved model, JSONL files and a store folder."""
+    folder = tmp_path_factory.mktemp("distilling")
+    tiny_model("llama").save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    for name, count, start in (("text", 120, 0), ("held-out", 4, 50_000)):
+        rows = [{"text": " ".join(_words(start + 31 * i, 20 + i % 30))} for i in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return {
+        "model": {"name": "tiny", "source": str(folder / "model")},
+        "split": {"bottom": 2, "keep": 2, "top": 1},
+        "data": {"source": str(folder / "text.jsonl"), "workers": 1, "shuffle_window": 8, "passes": 2},
+        "validation": {"source": str(folder / "held-out.jsonl")},
+        "sequence_length": 16,
+        "training": {
+            "steps": STEPS,
+            "batch_size": 4,
+            "micro_batch_size": 2,
+            "lr": 3e-3,
+            "zero_stage": 3,
+            "checkpoint_every": SAVED,
+        },
+        "store": str(folder / "store"),
+        "run": "undisturbed",
+    }
 
 
-def test_the_summary_says_what_was_done(group, distilling):
-    assert group[0]["distilled"].keys() == group[1]["distilled"].keys()
-    summary = group[0]["distilled"]
-    config = ModelConfig(**distilling["model"])
-    data = load_sequences(DataConfig(**distilling["data"]), load_tokenizer(config), 16)
-    assert summary["steps"] == 12 and summary["documents"] == 52
-    assert summary["tokens"] == data.counts.tokens and summary["data_digest"] == data.digest
-    assert summary["last"]["loss"] < summary["first"]["loss"]
-    assert summary["last"]["kd_loss"] < summary["first"]["kd_loss"]
+def _words(start: int, count: int) -> list[str]:
+    return [f"w{2 + (start + i * i) % (VOCAB - 2)}" for i in range(count)]
 
 
-def test_weights_history_and_checkpoints_are_in_the_store(group, distilling):
-    store = open_store(distilling["store"])
-    lines = store.read("runs/nightly/history.jsonl").decode().splitlines()
-    history = [json.loads(line) for line in lines]
-    assert [figures["step"] for figures in history] == list(range(1, 13))
-    assert {"loss", "lm_loss", "kd_loss", "lr", "grad_norm"} <= history[0].keys()
-    assert history[-1] == group[0]["distilled"]["last"]
-    assert Checkpoints(store, "runs/nightly/checkpoints", {}).committed() == [5, 10]
+@pytest.fixture(scope="module")
+def undisturbed(values, tmp_path_factory) -> list[dict[str, Any]]:
+    """What each of two ranks under ZeRO-3 returned."""
+    return _distilled(values, 2, tmp_path_factory.mktemp("undisturbed"))
 
 
-def test_the_emulator_loads_and_only_it_has_changed(group, emulated):
-    _, dropped, distilled = emulated
-    pairs = list(zip(dropped.named_parameters(), distilled.named_parameters(), strict=True))
-    changed = {name for (name, before), (_, after) in pairs if not torch.equal(before, after)}
-    emulator = (".layers.2.", ".layers.3.")
-    assert changed == {name for name, _ in dropped.named_parameters() if any(layer in name for layer in emulator)}
+@pytest.fixture(scope="module")
+def alone(values) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    """History and weights of the same distillation in this process: the whole model, plain PyTorch."""
+    config = DistillConfig.model_validate(values)
+    source = open_model_source(config.model)
+    training = config.training.model_copy(update={"zero_stage": 0, "checkpoint_every": 0, "micro_batch_size": 4})
+    data = config.data.model_copy(update={"workers": 0})
+    batches = open_stream(data, source.tokenizer(), 16, training.batch_size, training.seed)
+    model = DistillModel(load_full(config.model), config.split, kept_layers(6, config.split), DistillLoss())
+    engine = TorchEngine(model, training, device="cpu")
+    history = train(engine, batches, training).history
+    batches.close()
+    return history, model.emulator_state(engine.trainable_state())
 
 
-def test_the_distilled_emulator_is_nearer_to_the_middle(group, emulated, distilling):
-    full, dropped, distilled = emulated
-    tokenizer = load_tokenizer(ModelConfig(**distilling["model"]))
-    sequences = load_sequences(DataConfig(**distilling["data"]), tokenizer, 16).sequences
-    assert mean_loss(distilled, sequences) < mean_loss(dropped, sequences)
-    ids = torch.stack([sequence.input_ids for sequence in sequences])
-    with torch.no_grad():
-        teacher = _after(full, 4, ids)
-        distances = [(_after(model, 3, ids) - teacher).pow(2).mean() for model in (dropped, distilled)]
-    assert distances[1] < distances[0]
+def _distilled(values: dict[str, Any], ranks: int, folder: Path) -> list[dict[str, Any]]:
+    run_group(distil, ranks, values, folder)
+    return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]
 
 
-def _after(model, layer, ids):
-    seen = []
-    handle = layers_of(model)[layer].register_forward_hook(
-        lambda module, args, output: seen.append(output[0] if isinstance(output, tuple) else output)
-    )
-    model(ids, use_cache=False)
-    handle.remove()
-    return seen[0]
+def _history(values: dict[str, Any]) -> list[dict[str, float]]:
+    lines = open_store(values["store"]).read(f"runs/{values['run']}/history.jsonl").decode().splitlines()
+    return [json.loads(line) for line in lines]
 
 
-def test_a_run_that_has_not_finished_has_no_weights(distilling):
+def _assert_same(history: list[dict[str, float]], expected: list[dict[str, float]], rel: float) -> None:
+    assert [entry["step"] for entry in history] == [entry["step"] for entry in expected]
+    for ours, theirs in zip(history, expected, strict=True):
+        assert {name: ours[name] for name in COMPARED} == pytest.approx(
+            {name: theirs[name] for name in COMPARED}, rel=rel
+        )
+
+
+def test_sharded_streaming_and_split_gives_what_one_plain_process_gives(values, undisturbed, alone):
+    history, state = alone
+    _assert_same(_history(values), history, rel=1e-4)
+    distilled = distilled_state(open_store(values["store"]), values["run"])
+    assert distilled.keys() == state.keys()
+    for name, tensor in distilled.items():
+        torch.testing.assert_close(tensor, state[name], rtol=1e-4, atol=1e-5)
+
+
+def test_every_rank_returns_the_same_summary(values, undisturbed):
+    assert undisturbed[0] == {**undisturbed[1], "first": undisturbed[0]["first"], "last": undisturbed[0]["last"]}
+    summary, history = undisturbed[0], _history(values)
+    assert summary["steps"] == STEPS and summary["data_digest"] == source_digest(DataConfig(**_plain(values["data"])))
+    assert summary["first"] == history[0] and summary["last"] == history[-1]
+    assert history[-1]["workers"] == 2 and history[-1]["tokens_per_s"] > 0
+    assert Checkpoints(open_store(values["store"]), "runs/undisturbed/checkpoints", {}).committed() == [6, STEPS]
+
+
+def _plain(data: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in data.items() if name in DataConfig.model_fields}
+
+
+def test_perplexities_are_those_of_the_models_themselves(values, undisturbed):
+    model, plan = ModelConfig(**values["model"]), SplitPlan(**values["split"])
+    held_out = load_sequences(DataConfig(**values["validation"]), open_model_source(model).tokenizer(), 16).sequences
+    # As many as do not divide over the ranks and passes.
+    assert len(held_out) % 4
+    emulated = load_emulated(model, plan, kept_layers(6, plan))
+    expected = {"full": perplexity(load_full(model), held_out), "dropped": perplexity(emulated, held_out)}
+    load_emulator(emulated, plan, distilled_state(open_store(values["store"]), values["run"]))
+    expected["emulated"] = perplexity(emulated, held_out)
+    assert undisturbed[0]["perplexity"] == pytest.approx(expected, rel=1e-4)
+    assert expected["emulated"] < expected["dropped"]
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3)])
+def test_a_run_goes_on_with_another_number_of_ranks(values, undisturbed, tmp_path, before, after):
+    moved = {**values, "run": f"from-{before}-to-{after}"}
+    run_group(distil_until, before, moved, STOPPED)
+    assert Checkpoints(open_store(values["store"]), f"runs/{moved['run']}/checkpoints", {}).committed() == [SAVED]
+    summaries = _distilled(moved, after, tmp_path)
+    history = _history(moved)
+    _assert_same(history, _history(values), rel=1e-4)
+    assert [entry["step"] for entry in history if entry.get("resumed")] == [SAVED + 1]
+    assert [entry["workers"] for entry in history] == [before] * SAVED + [after] * (STEPS - SAVED)
+    assert summaries[0]["perplexity"] == pytest.approx(undisturbed[0]["perplexity"], rel=1e-4)
+
+
+def test_a_run_that_has_not_finished_has_no_weights(values):
     with pytest.raises(NotFoundError, match=r"runs/other/emulator\.safetensors"):
-        distilled_state(open_store(distilling["store"]), "other")
+        distilled_state(open_store(values["store"]), "other")

@@ -1,4 +1,5 @@
-"""Runs that are killed with SIGKILL between two checkpoints go on as if nothing had happened."""
+"""Runs that are killed with SIGKILL, between two checkpoints or while one is written, go on as if nothing had
+happened."""
 
 from __future__ import annotations
 
@@ -8,18 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from ot_ray.store import open_store
-from ot_ray.training import Checkpoints, TorchEngine, train
-from tests.training.samples import PATIENCE, Dropped, run_group, start_group, stream
-from tests.training.workers import KILLED_AT, resume_config, run_to_the_end, run_until_killed
+from tests.training.resuming import KILLED_AT, checkpoints_in, run_to_the_end, run_until_killed, trained
+from tests.training.samples import PATIENCE, run_group, start_group
 
 pytestmark = pytest.mark.slow
 
-COMPARED = ("step", "loss", "lr", "grad_norm")
 
-
-def _tail(history):
-    return [tuple(figures[name] for name in COMPARED) for figures in history if figures["step"] >= KILLED_AT]
+def _figures(history: list[dict[str, float]]) -> list[tuple[float, ...]]:
+    return [tuple(figures[name] for name in ("step", "loss", "lr", "grad_norm")) for figures in history]
 
 
 def _kill_in_the_middle(world_size: int, *args: object) -> None:
@@ -33,24 +30,25 @@ def _kill_in_the_middle(world_size: int, *args: object) -> None:
             process.join()
 
 
-def test_one_process_of_plain_pytorch(store_folder: str) -> None:
-    config = resume_config(3)
-    _kill_in_the_middle(1, store_folder, TorchEngine)
-    checkpoints = Checkpoints(open_store(store_folder), "run", config.model_dump())
-    assert checkpoints.committed() == [2, 4]
-    resumed = train(TorchEngine(Dropped(), config, device="cpu"), stream(config), config, checkpoints=checkpoints)
-    whole = train(TorchEngine(Dropped(), config, device="cpu"), stream(config), config)
-    assert len(resumed.history) == 3
-    assert _tail(resumed.history) == _tail(whole.history)
+@pytest.mark.parametrize(("writing", "committed"), [(False, [2, 4]), (True, [2])])
+def test_one_process_of_plain_pytorch(writing: bool, committed: list[int], store_folder: str) -> None:
+    _kill_in_the_middle(1, store_folder, "torch", writing)
+    checkpoints = checkpoints_in(store_folder)
+    assert checkpoints.committed() == committed
+    resumed = _figures(trained("torch", checkpoints).history)
+    assert resumed == _figures(trained("torch", None).history)[committed[-1] :]
+    assert checkpoints.committed() == [6, 7]
+    # Nothing of the checkpoint that was cut short is left.
+    assert {path.name for path in (Path(store_folder) / "run").iterdir()} == {"step-00000006", "step-00000007"}
 
 
-def test_two_processes_of_zero_3(store_folder: str, group: list[dict], tmp_path: Path) -> None:
-    from ot_ray.training import DeepSpeedEngine
-
-    _kill_in_the_middle(2, store_folder, DeepSpeedEngine)
-    assert Checkpoints(open_store(store_folder), "run", {}).committed() == [2, 4]
+@pytest.mark.timeout(2 * PATIENCE + 60)
+def test_two_processes_of_zero_3(store_folder: str, tmp_path: Path) -> None:
+    _kill_in_the_middle(2, store_folder, "deepspeed", False)
+    assert checkpoints_in(store_folder).committed() == [2, 4]
     run_group(run_to_the_end, 2, store_folder, tmp_path)
     for rank in range(2):
-        resumed = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert len(resumed) == 3
-        assert _tail(resumed) == _tail(group[rank]["uninterrupted"])
+        seen = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert [figures["step"] for figures in seen["resumed"]] == [KILLED_AT, 6, 7]
+        assert _figures(seen["resumed"]) == _figures(seen["whole"])[4:]
+    assert checkpoints_in(store_folder).committed() == [6, 7]
