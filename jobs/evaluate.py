@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 
 from jobs.command import config_file, run_command
-from jobs.limits import require_folder, require_model_length
+from jobs.limits import require_folder, require_length
 from ot_ray.artifacts import BundleSource, inspect_adapter, load_full, open_model_source, plain_state
 from ot_ray.config import Config
 from ot_ray.data import DataConfig, PackedSequence, load_sequences
@@ -54,11 +54,12 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 
 def measure(config: EvaluateConfig) -> FiveSettings:
     """Compute the five perplexities; full fine-tuning is trained here, for reference."""
-    tokenizer = open_model_source(config.model).tokenizer()
-    require_model_length(config.sequence_length, config.model)
+    source = open_model_source(config.model)
+    tokenizer = source.tokenizer()
+    require_length(config.sequence_length, source.config)
     test = load_sequences(config.test, tokenizer, config.sequence_length).sequences
     train = load_sequences(config.train, tokenizer, config.sequence_length).sequences
-    model = load_full(config.model)
+    model = load_full(config.model, source=source)
     with tempfile.TemporaryDirectory() as temporary:
         bundle = config.bundle.open(Path(temporary) / "bundle")
         plan = bundle.manifest.plan

@@ -6,9 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from ot_ray.artifacts import load_shape
 from ot_ray.errors import AlreadyExistsError, ConfigError
-from ot_ray.model import ModelConfig
 from ot_ray.store import LocalStore, open_store
 
 
@@ -25,11 +23,6 @@ def require_length(length: int, shape: PreTrainedConfig) -> None:
     positions = getattr(shape, "max_position_embeddings", None)
     if positions is not None and length > positions:
         raise ConfigError(f"sequence_length is {length}, but the model takes {positions} tokens; use 2..{positions}")
-
-
-def require_model_length(length: int, model: ModelConfig) -> None:
-    """The same for an owner's full model, of which `config.json` alone is read. Raises ConfigError."""
-    require_length(length, load_shape(model))
 
 
 def require_empty(field: str, address: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from jobs.command import config_file, run_command
-from jobs.limits import require_model_length
+from jobs.limits import require_length
 from ot_ray.artifacts import (
     BundleSource,
     InspectionLimits,
@@ -70,15 +70,15 @@ def run(config: PlugInConfig) -> dict[str, Any]:
         folder = Path(temporary) / "adapter"
         download_folder(open_store(config.adapter), "", folder)
         inspected = inspect_adapter(folder, bundle.manifest, config.limits)
-    model = load_full(config.model)
+    source = open_model_source(config.model)
     if config.data is not None:
-        require_model_length(config.sequence_length, config.model)
+        require_length(config.sequence_length, source.config)
+    model = load_full(config.model, source=source)
     plan = bundle.manifest.plan
     state = plain_state(inspected, adapter_state(model, plan))
     report: dict[str, float] = {}
     if config.data is not None:
-        tokenizer = open_model_source(config.model).tokenizer()
-        sequences = load_sequences(config.data, tokenizer, config.sequence_length).sequences
+        sequences = load_sequences(config.data, source.tokenizer(), config.sequence_length).sequences
         report["full_perplexity"] = perplexity(model, sequences)
         report["plug_in_perplexity"] = perplexity(plug_in(model, plan, state), sequences)
         _check_quality(report, config.max_perplexity_ratio)

@@ -25,7 +25,8 @@ def load_backend(config: ServeConfig) -> LocalBackend:
     catalogue = NoPlugIns()
     if config.store is not None:
         catalogue = RegistryCatalogue(Registry(open_store(config.store)), config.model.name)
-    base = load_full(config.model)
+    source = open_model_source(config.model)
+    base = load_full(config.model, source=source)
     base.requires_grad_(False)
     cache = PlugInCache(
         config.model.name,
@@ -35,6 +36,6 @@ def load_backend(config: ServeConfig) -> LocalBackend:
         wait_s=config.wait_s,
         refresh_s=config.refresh_s,
     )
-    engine = GenerationEngine(open_model_source(config.model).tokenizer(), cache, config.max_choices)
+    engine = GenerationEngine(source.tokenizer(), cache, config.max_choices)
     engine.probe()
     return LocalBackend(engine, config.max_concurrent, config.wait_s)

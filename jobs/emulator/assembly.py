@@ -27,7 +27,8 @@ def assemble(
     Raises:
         NotFoundError: the run has not ended.
     """
-    emulated = load_emulated(config.model, config.split, kept_layers(inputs.depth, config.split))
+    kept = kept_layers(inputs.depth, config.split)
+    emulated = load_emulated(inputs.model, config.split, kept, patience_s=config.training.store_patience_s)
     load_emulator(emulated, config.split, distilled_state(store, inputs.run))
     days = config.expires_days
     return write_bundle(

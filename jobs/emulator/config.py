@@ -27,7 +27,8 @@ class MakeEmulatorConfig(DistillConfig):
     gate: GateConfig = GateConfig()
     """What the emulator must show before its bundle is published."""
     bundles: str | None = None
-    """Folder or address where bundles are published for customers; unset, `store`."""
+    """Folder or address where bundles are published for customers; unset, `store`. It belongs to this one `store`:
+    runs of a model keep out of each other's way by a lease in `store`, and not across two of them."""
     workers: WorkerGroup = WorkerGroup()
     """Worker processes of the distillation."""
     address: str | None = None
@@ -58,7 +59,9 @@ class MakeEmulatorConfig(DistillConfig):
 
     @model_validator(mode="after")
     def _gate_has_text(self) -> MakeEmulatorConfig:
-        wanted = [name for name in ("min_gap", "max_regression") if getattr(self.gate, name)]
+        # A regression of 0 is a wish too: not at all worse than the release.
+        asked = {"min_gap": self.gate.min_gap > 0, "max_regression": self.gate.max_regression is not None}
+        wanted = [name for name, set_ in asked.items() if set_]
         if wanted and self.validation is None:
             raise ValueError(
                 f"gate.{wanted[0]} is {getattr(self.gate, wanted[0])}, but validation is not set, so that nothing can "

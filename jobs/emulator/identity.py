@@ -13,6 +13,7 @@ from jobs.limits import require_length
 from ot_ray.artifacts import key_id, open_model_source
 from ot_ray.data import DataConfig, read_documents, source_digest
 from ot_ray.errors import ConfigError
+from ot_ray.model import ModelConfig
 from ot_ray.training import DistillConfig
 from ot_ray.training.identity import identity_digest, run_identity
 from ot_ray.training.text_source import files_of
@@ -24,6 +25,8 @@ _DIGITS = 12
 class Inputs:
     """The inputs of one night, found to be there and to fit each other."""
 
+    model: ModelConfig
+    """The full model; on a hub, the commit that was found."""
     tokenizer: PreTrainedTokenizerBase
     """The model's."""
     depth: int
@@ -47,7 +50,7 @@ def look_up(config: MakeEmulatorConfig) -> Inputs:
         OTRayError: the model, the split, a text, the tokenizer or the key cannot be used; names it.
     """
     offer = _offer(config)
-    source = open_model_source(config.model)
+    source = open_model_source(config.model, patience_s=config.training.store_patience_s)
     depth = source.config.num_hidden_layers
     config.split.middle(depth)
     require_length(config.sequence_length, source.config)
@@ -61,7 +64,10 @@ def look_up(config: MakeEmulatorConfig) -> Inputs:
     held_out = f"{_digest(config.validation, config)}-{config.sequence_length}" if config.validation else ""
     weights = run_identity(config, source.version, data_digest)
     identity = {"run": weights, "bundle": offer}
+    # Everybody who reads the model later reads this commit, wherever a branch points by then.
+    commit = source.files.commit
     return Inputs(
+        model=config.model if commit is None else config.model.model_copy(update={"revision": commit}),
         tokenizer=tokenizer,
         depth=depth,
         data_digest=data_digest,
@@ -77,6 +83,7 @@ def for_workers(config: MakeEmulatorConfig, inputs: Inputs) -> dict[str, Any]:
     values = config.model_dump(mode="json", include=set(DistillConfig.model_fields))
     found = {
         "run": inputs.run,
+        "model": inputs.model.model_dump(mode="json"),
         "data_digest": inputs.data_digest,
         "model_version": inputs.identity["run"]["model"]["version"],
     }

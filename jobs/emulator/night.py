@@ -63,9 +63,12 @@ class _Night:
 
     def settled(self) -> dict[str, Any] | None:
         """What to answer where nothing is left to do; None where something is."""
+        # In this order: a version's record is written before the version is published.
+        published = self._is_published()
         record = self._records.get(self._inputs.version)
         if record is None:
-            self._refuse_unknown()
+            if published:
+                self._refuse_unknown()
             return None
         self._refuse_other(record)
         if record.outcome == "rejected":
@@ -74,7 +77,7 @@ class _Night:
             raise EmulatorRejectedError(
                 f"{_rejected(record)}; nothing was run. Change the inputs, or set retry=true to judge it again"
             )
-        if self._is_published() and self._releases.released(record.version) and self._store.exists(report_key(record)):
+        if published and self._releases.released(record.version) and self._store.exists(report_key(record)):
             return {**_answer(record), "already": True}
         return None
 
@@ -84,6 +87,8 @@ class _Night:
         if record is None or record.outcome == "rejected":
             summary = self._distilled(lease, distil)
             record = self._judged(summary)
+        elif not self._releases.released(record.version):
+            record = self._judged_again(record)
         if record.outcome == "rejected":
             self._keep(lease, record)
         record = self._publish(lease, record)
@@ -99,7 +104,8 @@ class _Night:
             before = {}
         if {name: before.get(name) for name in made_from} == made_from:
             return before["summary"]
-        summary = distil(for_workers(self._config, self._inputs), self._inputs.run)
+        with lease.ending_with_it():
+            summary = distil(for_workers(self._config, self._inputs), self._inputs.run)
         lease.require()
         self._store.write(key, json.dumps({**made_from, "summary": summary}).encode())
         return summary
@@ -125,6 +131,21 @@ class _Night:
             created=now(),
         )
 
+    def _judged_again(self, record: Record) -> Record:
+        """The record of a version that was accepted and not released, held against what is current by now.
+
+        Raises:
+            EmulatorRejectedError: it fails and is published, so that it is a candidate no more.
+        """
+        found = {name: float("nan") if value is None else value for name, value in record.perplexity.items()}
+        verdict = judge(self._config.gate, found, record.text, self._current())
+        record = record.model_copy(update={"verdict": verdict, "outcome": "accepted" if verdict.passed else "rejected"})
+        if not verdict.passed and self._is_published():
+            raise EmulatorRejectedError(
+                f"{_rejected(record)}; it was published before and is not released now, and {self._stays()}"
+            )
+        return record
+
     def _current(self) -> Measured | None:
         """The figures of the current release, where this store has them."""
         version = self._releases.current()
@@ -143,11 +164,13 @@ class _Night:
         write_report(self._store, self._config, record)
         # Last: what is recorded is not made again.
         self._records.put(record)
-        current = self._releases.current()
         raise EmulatorRejectedError(
-            f"{_rejected(record)}; it is kept under {prefix} in {self._store.url}, and "
-            + (f"{current} stays current" if current else "nothing is released yet")
+            f"{_rejected(record)}; it is kept under {prefix} in {self._store.url}, and {self._stays()}"
         )
+
+    def _stays(self) -> str:
+        current = self._releases.current()
+        return f"{current} stays current" if current else "nothing is released yet"
 
     def _publish(self, lease: Lease, record: Record) -> Record:
         if not self._is_published():
@@ -157,7 +180,7 @@ class _Night:
                 # The owner's own record holds what a bundle must not tell. It comes first, because a version that
                 # is published is never made again, and its record would be missing for ever.
                 self._records.put(record)
-                publish_bundle(self._bundles, Path(temporary) / "bundle")
+                publish_bundle(self._bundles, Path(temporary) / "bundle", _while_held(lease))
         if not self._releases.released(record.version):
             lease.require()
             self._releases.release(record.version)
@@ -173,12 +196,11 @@ class _Night:
         return self._inputs.version in list_versions(self._bundles, self._config.model.name)
 
     def _refuse_unknown(self) -> None:
-        if self._is_published():
-            raise ConfigError(
-                f"version {self._inputs.version} of {self._config.model.name} is published in {self._bundles.url}, but "
-                f"{self._store.url} does not know what it was made from; choose another version, or name the store in "
-                "which it was made"
-            )
+        raise ConfigError(
+            f"version {self._inputs.version} of {self._config.model.name} is published in {self._bundles.url}, but "
+            f"{self._store.url} does not know what it was made from; choose another version, or name the store in "
+            "which it was made"
+        )
 
     def _refuse_other(self, record: Record) -> None:
         others = differences(self._inputs.identity, record.identity)
@@ -188,6 +210,16 @@ class _Night:
                 f"{'differs' if len(others) == 1 else 'differ'}, and a version never changes; choose another version, "
                 "or leave it unset"
             )
+
+
+def _while_held(lease: Lease) -> Callable[[int], None]:
+    """Stops an upload once the lease is known to be lost."""
+
+    def check(moved: int) -> None:
+        if lease.lost:
+            lease.require()
+
+    return check
 
 
 def _rejected(record: Record) -> str:

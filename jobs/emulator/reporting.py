@@ -1,4 +1,4 @@
-"""The report of a run in the owner's store: `report.html` and `report.png` beside its history."""
+"""The report of a version in the owner's store: a page and its chart beside the history of its run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ot_ray.store import Store
 
 def report_key(record: Record) -> str:
     """Where the page lies."""
-    return f"runs/{record.run}/report.html"
+    return f"{_stem(record)}.html"
 
 
 def write_report(store: Store, config: MakeEmulatorConfig, record: Record) -> None:
@@ -32,8 +32,13 @@ def write_report(store: Store, config: MakeEmulatorConfig, record: Record) -> No
         config=record.config,
     )
     chart = report.chart()
-    store.write(f"runs/{record.run}/report.png", chart)
+    store.write(f"{_stem(record)}.png", chart)
     store.write(report_key(record), report.page(chart).encode())
+
+
+def _stem(record: Record) -> str:
+    # Several versions may come of one run.
+    return f"runs/{record.run}/report-{record.version}"
 
 
 def _history(store: Store, run: str) -> list[dict[str, float]]:

@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+from _thread import interrupt_main
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from uuid import uuid4
@@ -24,6 +25,7 @@ from ot_ray.store import PatientStore, Store
 Tell = Callable[[str], None]
 
 _REMIND_S = 60.0  # between two messages to somebody who waits
+_AGAIN_S = 2.0  # from a heartbeat that the store did not take to the next try, at most
 
 
 class Holder(Config):
@@ -47,9 +49,14 @@ class Holder(Config):
 class Lease:
     """A lease that this process holds; made by `hold_lease`."""
 
-    def __init__(self, store: Store, name: str, generation: int, holder: Holder) -> None:
-        self._store, self._name, self._generation = store, name, generation
+    def __init__(self, store: Store, name: str, generation: int, holder: Holder, heart: _Heart) -> None:
+        self._store, self._name, self._generation, self._heart = store, name, generation, heart
         self.holder = holder
+
+    @property
+    def lost(self) -> bool:
+        """Whether the last heartbeat found that another run has taken over; `require` looks anew."""
+        return self._heart.lost
 
     def require(self) -> None:
         """Make sure, by looking into the store, that the lease is still held.
@@ -58,11 +65,41 @@ class Lease:
             LeaseLostError: another run has taken over.
         """
         if _newest(self._store, self._name) != self._generation:
-            raise LeaseLostError(
-                f"the lease on {self._name} in {self._store.url} was taken over by another run, because no heartbeat "
-                f"of this one was seen for {self.holder.ttl_s:g} s; nothing more is published here: let the other run "
-                "finish, or raise lease_ttl_s"
-            )
+            raise self._loss()
+
+    @contextmanager
+    def ending_with_it(self) -> Iterator[None]:
+        """Have the loss of the lease end the block, as Ctrl-C would.
+
+        Only the main thread can be interrupted, and only where it heeds Ctrl-C; elsewhere the block runs on.
+
+        Raises:
+            LeaseLostError: another run has taken over.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        try:
+            try:
+                self._heart.interrupts(True)
+                yield
+            finally:
+                self._heart.interrupts(False)
+                if self.lost:
+                    time.sleep(0.01)  # an interrupt on its way arrives here, and not in the caller's next lines
+        except BaseException as error:
+            if self.lost:
+                raise self._loss() from error
+            raise
+        if self.lost:
+            raise self._loss()
+
+    def _loss(self) -> LeaseLostError:
+        return LeaseLostError(
+            f"the lease on {self._name} in {self._store.url} was taken over by another run, because no heartbeat "
+            f"of this one was seen for {self.holder.ttl_s:g} s; nothing more is published here: let the other run "
+            "finish, or raise lease_ttl_s"
+        )
 
 
 @contextmanager
@@ -80,7 +117,8 @@ def hold_lease(
 
     Each lease is a generation, created once; the newest one rules. A holder writes a heartbeat every third of
     `ttl_s`. Whoever finds a lease watches its heartbeat, by its own clock alone: a holder whose heartbeat changes
-    is alive, and one whose heartbeat stays for the holder's own `ttl_s` is dead and is replaced.
+    is alive, and one whose heartbeat stays for the holder's own `ttl_s` is dead and is replaced. Time in which the
+    watcher itself did not get an answer from the store says nothing of the holder: watching begins anew after it.
 
     Args:
         name: a key's segment, such as a model's name.
@@ -100,7 +138,7 @@ def hold_lease(
     heart = _Heart(store, name, generation, renew_every_s or ttl_s / 3)
     heart.start()
     try:
-        yield Lease(patient, name, generation, holder)
+        yield Lease(patient, name, generation, holder, heart)
     finally:
         heart.stop()
 
@@ -122,9 +160,11 @@ def _acquire(store: Store, name: str, holder: Holder, wait: bool, tell: Tell) ->
 
 
 def _clear(store: Store, name: str, last: int) -> None:
-    for generation in _generations(store, name):
-        if generation <= last:
-            store.delete_prefix(f"leases/{name}/{generation:08d}")
+    # A holder that was slow may have left parts of a generation whose `holder.json` is gone.
+    segments = {key.split("/")[2] for key in store.list(f"leases/{name}")}
+    for segment in sorted(segments):
+        if segment.isdigit() and int(segment) <= last:
+            store.delete_prefix(f"leases/{name}/{segment}")
 
 
 def _create(store: Store, name: str, generation: int, holder: Holder) -> bool:
@@ -145,7 +185,7 @@ class _Watch:
     def __init__(self, store: Store, name: str, wait: bool, tell: Tell) -> None:
         self._store, self._name, self._wait, self._tell = store, name, wait, tell
         self._seen: tuple[int, bytes] | None = None
-        self._since = self._told = 0.0
+        self._since = self._looked = self._told = 0.0
         self.ttl_s = 1.0
 
     def is_over(self, generation: int) -> bool:
@@ -162,6 +202,10 @@ class _Watch:
         except NotFoundError:
             seen = (generation, b"")
         moment = time.monotonic()
+        unanswered = moment - self._looked > max(2.0, holder.ttl_s / 20)
+        self._looked = moment
+        if unanswered:
+            self._since = moment
         if seen != self._seen:
             if self._seen is not None and not self._wait:
                 raise LeaseHeldError(
@@ -190,11 +234,20 @@ class _Heart:
 
     def __init__(self, store: Store, name: str, generation: int, every_s: float) -> None:
         self._store, self._name, self._generation, self._every_s = store, name, generation, every_s
+        self.lost = False
+        self._interrupts, self._lock = False, threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name=f"lease-{name}", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
+
+    def interrupts(self, whether: bool) -> None:
+        """Whether the main thread is interrupted when the lease is lost; at once where it is lost already."""
+        with self._lock:
+            self._interrupts = whether
+            if whether and self.lost:
+                interrupt_main()
 
     def stop(self) -> None:
         self._stop.set()
@@ -205,14 +258,24 @@ class _Heart:
                 self._store.create(_key(self._name, self._generation, "end.json"), b"{}\n")
 
     def _beat(self) -> None:
-        number = 0
-        while not self._stop.wait(self._every_s):
+        number, pause = 0, self._every_s
+        while not self._stop.wait(pause):
             number += 1
-            # A store that is away for a while is no loss yet; whether it was one, `Lease.require` finds out.
-            with suppress(StoreError):
+            try:
                 if not self._is_newest():
+                    self._lose()
                     return
                 self._store.write(_key(self._name, self._generation, "beat.json"), b'{"beat": %d}\n' % number)
+                pause = self._every_s
+            except StoreError:
+                # A store that is away for a while is no loss yet, but others see it as silence once it is back.
+                pause = min(self._every_s, _AGAIN_S)
+
+    def _lose(self) -> None:
+        with self._lock:
+            self.lost = True
+            if self._interrupts:
+                interrupt_main()
 
     def _is_newest(self) -> bool:
         return _newest(self._store, self._name) == self._generation

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
+from ot_ray.artifacts.weights import INDEX, SINGLE, shards_of
 from ot_ray.errors import ConfigError, NotFoundError
 from ot_ray.model import ModelConfig
 from ot_ray.model.loading import unreadable
-from ot_ray.store import LocalStore, Store, open_store
+from ot_ray.store import LocalStore, PatientStore, Store, open_store
 
 SHAPE = ("config.json",)
 DESCRIPTION = (
@@ -31,7 +32,8 @@ DESCRIPTION = (
     "*.tiktoken",
     "chat_template*",
 )
-WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
+WEIGHTS = (SINGLE, INDEX)
+"""With the shards that the index names."""
 
 
 class ModelFiles:
@@ -46,9 +48,10 @@ class ModelFiles:
     where: str
     """The address without its options, for messages."""
 
-    def __init__(self, config: ModelConfig, patterns: Iterable[str]) -> None:
+    def __init__(self, config: ModelConfig, patterns: Iterable[str], patience_s: float = 0.0) -> None:
         """Args:
             patterns: names of files to fetch from a hub; of these, all but weights are copied from S3.
+            patience_s: seconds that every call waits for S3 to come back, now and later.
 
         Raises:
             ConfigError: there is nothing at `config.source`.
@@ -57,7 +60,7 @@ class ModelFiles:
         self.commit, self.where = None, config.source.split("?", 1)[0]
         self._copied: weakref.finalize | None = None
         if config.source.startswith("s3://"):
-            self.store = open_store(config.source)
+            self.store = PatientStore(open_store(config.source), patience_s)
             self.folder = self._copy([name for name in patterns if name not in WEIGHTS])
         elif _is_path(config.source):
             self.folder = Path(config.source).expanduser().absolute()
@@ -68,7 +71,7 @@ class ModelFiles:
                 )
             self.store = LocalStore(self.folder)
         else:
-            self.folder = _snapshot(config, patterns)
+            self.folder = _snapshot(config, tuple(patterns))
             self.commit = self.folder.name
             self.store = LocalStore(self.folder)
 
@@ -104,11 +107,20 @@ def _is_path(source: str) -> bool:
     return source.startswith(("/", ".", "~")) or source.count("/") > 1 or Path(source).is_dir()
 
 
-def _snapshot(config: ModelConfig, patterns: Iterable[str]) -> Path:
+def _snapshot(config: ModelConfig, patterns: tuple[str, ...]) -> Path:
+    folder = _fetch(config.source, config.revision, patterns)
+    index = folder / INDEX
+    if INDEX in patterns and index.is_file() and not (folder / SINGLE).is_file():
+        # Shards are called as the index says, and other weights beside them stay on the hub.
+        _fetch(config.source, folder.name, (INDEX, *shards_of(index.read_bytes(), config.source)))
+    return folder
+
+
+def _fetch(source: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
     try:
-        return Path(snapshot_download(config.source, revision=config.revision, allow_patterns=list(patterns)))
+        return Path(snapshot_download(source, revision=revision, allow_patterns=list(patterns)))
     except (OSError, ValueError) as error:
-        raise unreadable(config.source, error) from None
+        raise unreadable(source, error) from None
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

@@ -152,8 +152,11 @@ class ModelSource:
         )
 
 
-def open_model_source(config: ModelConfig) -> ModelSource:
+def open_model_source(config: ModelConfig, patience_s: float = 0.0) -> ModelSource:
     """Find a full model and read its description and the headers of its weights.
+
+    Args:
+        patience_s: seconds that every read from S3, now and later, waits for it to come back.
 
     Raises:
         ConfigError: there is no model at `config.source`, or it has no safetensors weights.
@@ -161,7 +164,7 @@ def open_model_source(config: ModelConfig) -> ModelSource:
         ArtifactError: a file of weights is missing, truncated or corrupt.
         StoreError: S3 does not hand it out.
     """
-    files = ModelFiles(config, (*DESCRIPTION, *WEIGHTS))
+    files = ModelFiles(config, (*DESCRIPTION, *WEIGHTS), patience_s)
     return ModelSource(shape_in(files.folder, files.where), Weights(files.store, files.where), files)
 
 
@@ -176,25 +179,32 @@ def load_shape(config: ModelConfig) -> PreTrainedConfig:
     return shape_in(files.folder, files.where)
 
 
-def load_full(config: ModelConfig) -> PreTrainedModel:
+def load_full(config: ModelConfig, *, patience_s: float = 0.0, source: ModelSource | None = None) -> PreTrainedModel:
     """Load a full model of type `config.dtype`, in evaluation mode; one tensor is in memory beside it.
+
+    Args:
+        patience_s: as for `open_model_source`.
+        source: the model, where it has been found already.
 
     Raises:
         ConfigError, UnsupportedModelError, ArtifactError, StoreError: as `open_model_source` and
             `ModelSource.stored_names` do.
     """
-    source = open_model_source(config)
+    source = source or open_model_source(config, patience_s)
     model = _skeleton(source, config)
     names = source.stored_names(model)
     fill(model, lambda name: source.tensor(names[name]))
     return model
 
 
-def load_emulated(config: ModelConfig, plan: SplitPlan, kept: Sequence[int]) -> PreTrainedModel:
+def load_emulated(
+    config: ModelConfig, plan: SplitPlan, kept: Sequence[int], *, patience_s: float = 0.0
+) -> PreTrainedModel:
     """Load [A1 · E · A2] alone; of the middle only the layers in `kept` are read.
 
     Args:
         kept: as for `emulate`.
+        patience_s: as for `open_model_source`.
 
     Returns:
         What `emulate(load_full(config), plan, kept)` gives.
@@ -202,7 +212,7 @@ def load_emulated(config: ModelConfig, plan: SplitPlan, kept: Sequence[int]) -> 
     Raises:
         SplitError: the plan or `kept` does not fit the model; and as `load_full` does.
     """
-    source = open_model_source(config)
+    source = open_model_source(config, patience_s)
     full = _skeleton(source, config)
     names = source.stored_names(full)
     emulated = emulate(full, plan, kept)

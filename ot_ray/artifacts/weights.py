@@ -117,21 +117,14 @@ class Weights:
         if self._store.exists(SINGLE):
             return {SINGLE: None}
         try:
-            index = parse_object(self._store.read(INDEX), INDEX)
+            index = self._store.read(INDEX)
         except NotFoundError:
             raise ConfigError(
-                f"{self._where} has neither {SINGLE} nor {INDEX}; convert its weights with Transformers' "
-                "save_pretrained, which writes safetensors"
+                f"{self._where} has neither {SINGLE} nor {INDEX}; convert its weights once: "
+                "AutoModelForCausalLM.from_pretrained(source).save_pretrained(folder) writes safetensors; put the "
+                "tokenizer beside them in the same way (AutoTokenizer), and set model.source to that folder"
             ) from None
-        table = index.get("weight_map")
-        if not isinstance(table, dict) or not table or not all(isinstance(shard, str) for shard in table.values()):
-            raise ArtifactError(f"{INDEX} of {self._where}: weight_map is no table of shards; {_AGAIN}")
-        shards: dict[str, set[str] | None] = {}
-        for shard in sorted(set(table.values())):
-            if not _SHARD.fullmatch(shard):
-                raise ArtifactError(f"{INDEX} of {self._where} names {shard[:80]!r}, which is no safetensors file")
-            shards[shard] = {name for name, holder in table.items() if holder == shard}
-        return shards
+        return {**shards_of(index, self._where)}
 
     def _open(self, shard: str) -> tuple[ObjectInfo, dict[str, _Place]]:
         try:
@@ -154,6 +147,26 @@ class Weights:
                 f"{shard} of {self._where} lacks {', '.join(lacking[:5])}, which {INDEX} places there; {_AGAIN}"
             )
         self._places |= tensors if names is None else {name: tensors[name] for name in names}
+
+
+def shards_of(index: bytes, where: str) -> dict[str, set[str]]:
+    """The names of the tensors in each shard, by the text of an index.
+
+    Args:
+        where: how messages name the checkpoint.
+
+    Raises:
+        ArtifactError: the index is malformed, or names what is no safetensors file.
+    """
+    table = parse_object(index, INDEX).get("weight_map")
+    if not isinstance(table, dict) or not table or not all(isinstance(shard, str) for shard in table.values()):
+        raise ArtifactError(f"{INDEX} of {where}: weight_map is no table of shards; {_AGAIN}")
+    shards: dict[str, set[str]] = {}
+    for shard in sorted(set(table.values())):
+        if not _SHARD.fullmatch(shard):
+            raise ArtifactError(f"{INDEX} of {where} names {shard[:80]!r}, which is no safetensors file")
+        shards[shard] = {name for name, holder in table.items() if holder == shard}
+    return shards
 
 
 def _place(tensor: HeaderTensor, shard: str, data: int) -> _Place:

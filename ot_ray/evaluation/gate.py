@@ -70,7 +70,8 @@ def judge(gate: GateConfig, found: Mapping[str, float], text: str, current: Meas
     full, emulated = found["full"], found["emulated"]
     broken = [f"perplexity {name} is {found[name]}" for name in ("full", "emulated") if not math.isfinite(found[name])]
     if broken:
-        return Verdict(passed=False, reasons=tuple(broken), notes=())
+        reason = f"{' and '.join(broken)}; look at validation.source and the run's report"
+        return Verdict(passed=False, reasons=(reason,), notes=())
     reasons, notes = (
         [],
         [f"the emulator's perplexity is {emulated:.4g}, {_share(emulated, full)} the full model's {full:.4g}"],
@@ -98,7 +99,8 @@ def _against(emulated: float, text: str, current: Measured | None, limit: float)
     if emulated > most:
         return (
             f"the emulator's perplexity is {emulated:.4g}, and that of {name} {current.emulated:.4g}: it may be at "
-            f"most {most:.4g} (gate.max_regression {limit:g})"
+            f"most {most:.4g} (gate.max_regression {limit:g}); train longer, keep more layers, or raise "
+            "gate.max_regression and set retry=true"
         ), None
     return (
         None,

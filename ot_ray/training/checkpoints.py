@@ -115,6 +115,10 @@ class Checkpoints:
         """Steps of all committed checkpoints, ascending."""
         return sorted(int(match[1]) for name in self._names() if (match := _COMMIT.fullmatch(name)))
 
+    def started(self, engine: Engine) -> bool:
+        """Whether anything is committed; every rank together, and only one looks, so that all see the same."""
+        return engine.gather(_together(engine, lambda: engine.rank == 0 and bool(self.committed())))[0]
+
     def resume(self, engine: Engine) -> Resumed | None:
         """Load the latest committed checkpoint into the engine; every rank calls this together.
 

@@ -33,6 +33,8 @@ class DistillConfig(Config):
     run: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")
     """Name of the run; the same name resumes from its last checkpoint."""
     model_version: str | None = None
-    """`ModelSource.version`, where whoever starts the run has it already; unset, rank 0 finds it out."""
+    """`ModelSource.version`, where whoever starts the run has it already; unset, rank 0 finds it out while the
+    others wait, which is too long for large models in folders."""
     data_digest: str | None = None
-    """Digest of the training text, where whoever starts the run has it already; unset, rank 0 computes it."""
+    """Digest of the training text, where whoever starts the run has it already; unset, rank 0 computes it while
+    the others wait, which is too long for large corpora in folders."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ot_ray.artifacts import ModelSource, open_model_source
-from ot_ray.data import PackedSequence, load_sequences, source_digest
+from ot_ray.data import PackedDataset, load_sequences, source_digest
 from ot_ray.data.streaming import open_stream
 from ot_ray.model import DistillModel, DistillOptions, SplitPlan, empty_model, uniform_layers
 from ot_ray.model.loading import DTYPES
@@ -21,7 +20,7 @@ from ot_ray.store import PatientStore, Store, open_store
 from ot_ray.training.checkpoints import Checkpoints
 from ot_ray.training.deepspeed_engine import DeepSpeedEngine
 from ot_ray.training.distill_config import DistillConfig
-from ot_ray.training.emulator_gap import Setting, perplexity_over_ranks
+from ot_ray.training.emulator_gap import EmulatorGap
 from ot_ray.training.emulator_weights import write_weights
 from ot_ray.training.history import RunHistory
 from ot_ray.training.identity import run_identity
@@ -41,13 +40,14 @@ def distill(config: DistillConfig, report: Report | None = None) -> dict[str, An
             device's peak is known.
 
     Returns:
-        `steps`; `first` and `last`, figures of those steps; `data_digest`; `perplexity`, of the `full` model and of the
-        emulated one before (`dropped`) and after (`emulated`) distilling, where there is validation text.
+        `steps`; `first` and `last`, figures of those steps (on rank 0 of the whole run, elsewhere of this process);
+        `data_digest`; `perplexity`, of the `full` model and of the emulated one before (`dropped`) and after
+        (`emulated`) distilling, where there is validation text.
     """
     # The ranks' places are known before there is a group: what reads text starts while weights are loaded.
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     training, patience = config.training, config.training.store_patience_s
-    source = open_model_source(config.model)
+    source = open_model_source(config.model, patience_s=patience)
     tokenizer = source.tokenizer()
     batches = open_stream(
         config.data,
@@ -67,8 +67,8 @@ def distill(config: DistillConfig, report: Report | None = None) -> dict[str, An
         checkpoints = Checkpoints(
             plain, f"runs/{config.run}/checkpoints", identity, keep=training.keep_checkpoints, patience_s=patience
         )
-        gap = _Gap(config, engine, store, held_out(config, tokenizer))
-        if not checkpoints.committed():
+        gap = EmulatorGap(engine, store, f"runs/{config.run}", _held_out(config, tokenizer), training.micro_batch_size)
+        if not checkpoints.started(engine):
             gap.measure_start()
         history = RunHistory(store, config.run, training.checkpoint_every if rank == 0 else 0)
         with contextlib.closing(checkpoints):
@@ -81,12 +81,12 @@ def distill(config: DistillConfig, report: Report | None = None) -> dict[str, An
             )
         perplexity = gap.measure_end()
         _leave_weights(engine, module, store, config)
-        merged = history.close(engine.rank == 0)
+        steps = history.close() if rank == 0 else history.steps
         engine.barrier()
     return {
         "steps": training.steps,
-        "first": merged[0] if merged else None,
-        "last": merged[-1] if merged else None,
+        "first": steps[0] if steps else None,
+        "last": steps[-1] if steps else None,
         "data_digest": identity["data"]["digest"],
         "perplexity": perplexity,
     }
@@ -115,38 +115,12 @@ def kept_layers(depth: int, plan: SplitPlan) -> list[int]:
     return uniform_layers(len(plan.middle(depth)), plan.keep)
 
 
-def held_out(config: DistillConfig, tokenizer: PreTrainedTokenizerBase) -> list[PackedSequence]:
-    """The validation text as sequences; none where none is set."""
-    if config.validation is None:
-        return []
-    files = files_of(config.validation, config.training.store_patience_s)
-    return load_sequences(config.validation, tokenizer, config.sequence_length, files=files).sequences
-
-
-class _Gap:
-    """Perplexities of one run: those before its first step are measured once and kept in the store."""
-
-    def __init__(
-        self, config: DistillConfig, engine: DeepSpeedEngine, store: Store, sequences: list[PackedSequence]
-    ) -> None:
-        self._engine, self._store, self._sequences = engine, store, sequences
-        self._rows = config.training.micro_batch_size or 4
-        self._key = f"runs/{config.run}/start.json"
-
-    def measure_start(self) -> None:
-        if not self._sequences:
-            return
-        before = {"full": self._of("full"), "dropped": self._of("emulated")}
-        if self._engine.rank == 0:
-            self._store.write(self._key, json.dumps(before).encode())
-
-    def measure_end(self) -> dict[str, float]:
-        if not self._sequences:
-            return {}
-        return {**json.loads(self._store.read(self._key)), "emulated": self._of("emulated")}
-
-    def _of(self, setting: Setting) -> float:
-        return perplexity_over_ranks(self._engine, self._sequences, setting, self._rows)
+def _held_out(config: DistillConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[[], PackedDataset] | None:
+    validation = config.validation
+    if validation is None:
+        return None
+    files = files_of(validation, config.training.store_patience_s)
+    return lambda: load_sequences(validation, tokenizer, config.sequence_length, files=files)
 
 
 def _identity(config: DistillConfig, source: ModelSource, engine: DeepSpeedEngine) -> dict[str, Any]:

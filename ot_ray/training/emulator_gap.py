@@ -1,19 +1,78 @@
-"""Perplexity of the full and of the emulated model, measured where they are trained: by all ranks together,
-on a model that no rank holds whole. A model on one machine is evaluation's part."""
+"""How far an emulated model is behind the full one, measured where it is trained: by all ranks together, on a model
+that no rank holds whole. A model on one machine is evaluation's part."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Literal
 
 import torch
 
-from ot_ray.data import PackedSequence, collate, rows_of
-from ot_ray.errors import DataError
+from ot_ray.data import PackedDataset, PackedSequence, collate, rows_of
+from ot_ray.errors import DataError, NotFoundError
+from ot_ray.store import Store
 from ot_ray.training.engine import Engine
 
 Setting = Literal["full", "emulated"]
+_ROWS = 4
+
+
+class EmulatorGap:
+    """Perplexities of one run on held-out text. Those before its first step are kept in the store, under the digest of
+    that text, because a run that goes on can no longer measure them.
+
+    Args:
+        load: reads, tokenises and packs the text; called when it is first needed. None where there is none.
+        prefix: the run's folder in the store.
+        rows: sequences a pass.
+    """
+
+    def __init__(
+        self, engine: Engine, store: Store, prefix: str, load: Callable[[], PackedDataset] | None, rows: int | None
+    ) -> None:
+        self._engine, self._store, self._prefix = engine, store, prefix
+        self._load, self._rows = load, rows or _ROWS
+
+    def measure_start(self) -> None:
+        """Before the first step; every rank together."""
+        if self._load is None:
+            return
+        before = {"full": self._of("full"), "dropped": self._of("emulated")}
+        if self._engine.rank == 0:
+            self._store.write(self._key, json.dumps(before).encode())
+
+    def measure_end(self) -> dict[str, float]:
+        """After the last step; every rank together.
+
+        Returns:
+            `full`, `dropped` (the emulated model before distilling; left out where the run began with other held-out
+            text) and `emulated`. Empty where there is no text.
+        """
+        if self._load is None:
+            return {}
+        before = self._engine.gather(self._kept() if self._engine.rank == 0 else None)[0]
+        return {**(before or {"full": self._of("full")}), "emulated": self._of("emulated")}
+
+    def _kept(self) -> dict[str, float] | None:
+        try:
+            return json.loads(self._store.read(self._key))
+        except NotFoundError:
+            return None
+
+    @cached_property
+    def _text(self) -> PackedDataset:
+        assert self._load is not None
+        return self._load()
+
+    @property
+    def _key(self) -> str:
+        return f"{self._prefix}/start-{self._text.digest[:16]}.json"
+
+    def _of(self, setting: Setting) -> float:
+        return perplexity_over_ranks(self._engine, self._text.sequences, setting, self._rows)
 
 
 def perplexity_over_ranks(engine: Engine, sequences: Sequence[PackedSequence], setting: Setting, rows: int) -> float:

@@ -23,8 +23,9 @@ def run_identity(config: DistillConfig, model_version: str, data_digest: str) ->
         data_digest: `source_digest` of the training text.
     """
     data = config.data.model_dump(mode="json")
-    # Where the text lies and how many processes read it may change; its digest stands for what it says.
-    for name in ("source", "workers", "prefetch"):
+    # Where the text lies, how many processes read it and how often it may be read through decide no batch; its digest
+    # stands for what it says.
+    for name in ("source", "workers", "prefetch", "passes"):
         data.pop(name)
     return {
         "schema": SCHEMA,

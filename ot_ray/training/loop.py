@@ -33,8 +33,8 @@ class TrainingResult:
 
     history: list[dict[str, float]] = field(default_factory=list)
     """One entry a step of this process: step, lr, loss parts, gradient norm, tokens/s of all workers, seconds, and
-    how many of these it waited for data; validation figures where they were taken. Steps done before a resume
-    are not in it."""
+    how many of these were waited for data, by the worker that waited longest; validation figures where they were
+    taken. Steps done before a resume are not in it."""
     evaluations: list[dict[str, float]] = field(default_factory=list)
     """Validation figures, with the step after which they were taken."""
 
@@ -110,7 +110,8 @@ def _start(engine: Engine, batches: Batches, config: TrainingConfig, checkpoints
 def _one_step(engine: Engine, batches: Batches, config: TrainingConfig, step: int) -> dict[str, float]:
     start = time.perf_counter()
     batch = batches.next_batch(engine.rank, engine.world_size)
-    waited = time.perf_counter() - start
+    # Whoever waits longest keeps the others waiting in the step.
+    waited = max(engine.gather(time.perf_counter() - start))
     lr = lr_at(step, config)
     figures = engine.step(batch, lr)
     seconds = time.perf_counter() - start

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from ot_ray.artifacts import hold_lease
+from ot_ray.artifacts import Lease, hold_lease
+from ot_ray.artifacts import lease as lease_module
 from ot_ray.errors import LeaseHeldError, LeaseLostError, StoreUnavailableError
 from ot_ray.store import LocalStore, Store, open_store
 
@@ -141,6 +143,43 @@ def test_whoever_lost_it_is_told(folder: LocalStore) -> None:
     assert not folder.exists("leases/m/00000002/end.json")
 
 
+def test_whoever_lost_it_is_interrupted(folder: LocalStore, sigint: None) -> None:
+    def work(lease: Lease) -> None:
+        with lease.ending_with_it():
+            lease.require()
+        with lease.ending_with_it():
+            folder.create("leases/m/00000002/holder.json", folder.read("leases/m/00000001/holder.json"))
+            until(lambda: False)
+
+    with hold_lease(folder, "m", **ALIVE) as lease:
+        with pytest.raises(LeaseLostError, match="taken over by another run"):
+            work(lease)
+        assert lease.lost
+
+
+def test_a_loss_ends_a_later_block_too(folder: LocalStore, sigint: None) -> None:
+    with hold_lease(folder, "m", **ALIVE) as lease:
+        folder.create("leases/m/00000002/holder.json", folder.read("leases/m/00000001/holder.json"))
+        until(lambda: lease.lost)
+        with pytest.raises(LeaseLostError), lease.ending_with_it():
+            until(lambda: False)
+
+
+def test_other_errors_and_ctrl_c_stay_what_they_are(folder: LocalStore) -> None:
+    with hold_lease(folder, "m", **ALIVE) as lease:
+        for kind in (ValueError, KeyboardInterrupt):
+            with pytest.raises(kind), lease.ending_with_it():
+                raise kind
+
+
+@pytest.fixture
+def sigint() -> Iterator[None]:
+    """Ctrl-C as a terminal's process takes it, however the tests were started."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Away(LocalStore):
     """A store that does not answer for a while."""
 
@@ -163,6 +202,62 @@ def test_a_store_that_is_away_for_a_while_loses_no_lease(tmp_path: Path) -> None
         seen = beat.read_bytes()
         until(lambda: beat.read_bytes() != seen)
         lease.require()
+
+
+def test_the_heartbeat_is_back_soon_after_the_store_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only after another whole period, by which time others may have taken over."""
+    monkeypatch.setattr(lease_module, "_AGAIN_S", 0.01)
+    store = Away(tmp_path)
+    tries: list[float] = []
+
+    def listing(prefix: str = "") -> Iterator[str]:
+        tries.append(time.monotonic())
+        return Away.list(store, prefix)
+
+    with hold_lease(store, "m", ttl_s=300.0, renew_every_s=1.0):
+        store.away = True
+        store.list = listing  # type: ignore[method-assign]
+        until(lambda: len(tries) > 10)
+        store.away = False
+    # Ten whole periods are 10 s.
+    assert tries[10] - tries[0] < 10.0
+
+
+class Clock:
+    """Time as a test says it."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def test_time_without_an_answer_from_the_store_says_nothing_of_the_holder(
+    folder: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with hold_lease(folder, "m", ttl_s=60.0, renew_every_s=3600.0):
+        clock = Clock()
+        monkeypatch.setattr(lease_module, "time", clock)
+        watch = lease_module._Watch(folder, "m", True, lambda _: None)
+
+        def look(after: float) -> bool:
+            clock.now += after
+            return watch.is_over(1)
+
+        assert not any(look(1.0) for _ in range(50))
+        # The look itself took that long, as it does while a store is away.
+        assert not look(300.0)
+        assert not any(look(1.0) for _ in range(59))
+        assert look(1.0)
+
+
+def test_what_slow_holders_left_behind_is_cleared_away(folder: LocalStore) -> None:
+    with hold_lease(folder, "m"):
+        pass
+    with hold_lease(folder, "m"):
+        folder.write("leases/m/00000001/beat.json", b"{}")  # its holder.json is gone
+    with hold_lease(folder, "m"):
+        assert {key.split("/")[2] for key in folder.list("leases/m")} == {"00000003"}
 
 
 def test_no_thread_is_left(folder: LocalStore) -> None:

@@ -10,16 +10,25 @@ import tempfile
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from ot_ray.artifacts import load_emulated, load_full, load_shape, model_files, open_model_source
-from ot_ray.errors import ArtifactError, ConfigError, OTRayError, SplitError, UnsupportedModelError
+from ot_ray.errors import (
+    ArtifactError,
+    ConfigError,
+    OTRayError,
+    SplitError,
+    StoreUnavailableError,
+    UnsupportedModelError,
+)
 from ot_ray.model import FAMILIES, ModelConfig, SplitPlan, check_tokenizer, emulate
-from ot_ray.store import open_store, upload_folder
+from ot_ray.store import LocalStore, open_store, upload_folder
 from tests.artifacts.samples import tiny_tokenizer
 from tests.artifacts.test_weights import Recording
 from tests.fixtures.models import VOCAB, tiny_model, tokens
@@ -187,6 +196,37 @@ def test_from_s3(opt: Path, s3_url: str) -> None:
     assert open_model_source(config).version == open_model_source(of(opt)).version
 
 
+class Away(LocalStore):
+    """A store on which each call fails for the first time."""
+
+    def __init__(self, root: str | Path) -> None:
+        super().__init__(root)
+        self.failed: set[str] = set()
+
+    def _fail_once(self, call: str) -> None:
+        if call not in self.failed:
+            self.failed.add(call)
+            raise StoreUnavailableError("away")
+
+    def download(self, key: str, path: str | Path, *rest: Any, **more: Any) -> None:
+        self._fail_once(f"download {key}")
+        super().download(key, path, *rest, **more)
+
+    def read_range(self, key: str, start: int, end: int) -> bytes:
+        self._fail_once(f"read {key}")
+        return super().read_range(key, start, end)
+
+
+def test_s3_that_is_away_for_a_while_is_waited_for(opt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = of("s3://bucket/models/opt")
+    monkeypatch.setattr(model_files, "open_store", lambda address: Away(opt))
+    with pytest.raises(StoreUnavailableError):
+        open_model_source(config)
+    emulated = load_emulated(config, PLAN, KEPT, patience_s=300.0)
+    assert torch.equal(emulated(tokens()).logits, load_emulated(of(opt), PLAN, KEPT)(tokens()).logits)
+    assert_same_but_for_its_name(load_full(config, patience_s=300.0), reference(opt))
+
+
 def assert_same_but_for_its_name(ours: PreTrainedModel, theirs: PreTrainedModel) -> None:
     ours.config.name_or_path = theirs.config.name_or_path
     assert_same(ours, theirs)
@@ -251,6 +291,35 @@ def test_from_a_hub(hub: Path) -> None:
     assert source.files.commit == hub.name
     assert source.version == open_model_source(of("owner/tiny")).version != open_model_source(of(hub)).version
     assert load_shape(of("owner/tiny")).num_hidden_layers == 6
+
+
+def test_of_a_hub_the_shards_are_fetched_that_the_index_names(
+    opt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+
+    def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        """As the hub's client, which needs a hub: the files of `opt` that match, in a snapshot's folder."""
+        assert name == "owner/tiny" and revision in (None, commit)
+        target = tmp_path / "cache" / commit
+        target.mkdir(parents=True, exist_ok=True)
+        for file in filter_repo_objects([path.name for path in opt.iterdir()], allow_patterns=allow_patterns):
+            shutil.copy(opt / file, target / file)
+        return str(target)
+
+    index = json.loads((opt / "model.safetensors.index.json").read_text())
+    for shard in set(index["weight_map"].values()):
+        (opt / shard).rename(opt / shard.replace("model", "pytorch_model"))
+    table = {name: shard.replace("model", "pytorch_model") for name, shard in index["weight_map"].items()}
+    edit(opt / "model.safetensors.index.json", weight_map=table)
+    (opt / "consolidated.safetensors").write_bytes(b"the same weights again, in another layout")
+    monkeypatch.setattr(model_files, "snapshot_download", download)
+    config = of("owner/tiny")
+    load_shape(config)
+    assert [path.name for path in (tmp_path / "cache" / commit).iterdir()] == ["config.json"]
+    fetched = open_model_source(config)
+    assert torch.equal(load_full(config)(tokens()).logits, load_full(of(opt))(tokens()).logits)
+    assert not (fetched.files.folder / "consolidated.safetensors").exists()
 
 
 @pytest.mark.parametrize("name", ["owner/unknown", "no such name!"])

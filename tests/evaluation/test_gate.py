@@ -35,7 +35,7 @@ def test_it_must_not_be_worse_than_the_release(emulated: float, limit: float, pa
     assert verdict.passed is passed
     if not passed:
         (reason,) = verdict.reasons
-        assert "release e-1" in reason and "gate.max_regression" in reason
+        assert "release e-1" in reason and "raise gate.max_regression and set retry=true" in reason
 
 
 def test_a_regression_counts_only_where_it_is_asked_for() -> None:
@@ -65,7 +65,7 @@ def test_both_reasons_are_named() -> None:
 def test_figures_that_are_not_finite_fail(which: str, value: float) -> None:
     verdict = judge(GateConfig(), {"full": 10.0, "emulated": 11.0, which: value}, TEXT, None)
     assert not verdict.passed
-    assert which in verdict.reasons[0]
+    assert which in verdict.reasons[0] and "look at validation.source" in verdict.reasons[0]
 
 
 def test_without_held_out_text_it_passes_and_says_so() -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +15,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from jobs.emulator import night
 from jobs.emulator.config import MakeEmulatorConfig
 from jobs.emulator.night import run_night
-from ot_ray.artifacts import BundleSource, Releases, generate_key, hold_lease
+from jobs.emulator.records import Record, Records
+from ot_ray.artifacts import BundleSource, Releases, generate_key, hold_lease, publish_bundle
 from ot_ray.errors import ConfigError, EmulatorRejectedError, LeaseHeldError, LeaseLostError
 from ot_ray.store import LocalStore
 from tests.jobs.nights import Distilling, Mortal, emulator_state, kept_files, night_config, run_mortal
@@ -52,9 +57,10 @@ def test_the_owner_keeps_a_record_and_a_report(scene: Path) -> None:
     record = json.loads(owner.read(f"records/tiny/{answer['version']}.json"))
     assert (record["depth"], record["kept"], record["bundle_id"]) == (6, [0, 3], answer["bundle_id"])
     assert record["outcome"] == "accepted"
-    page = owner.read(f"runs/{answer['run']}/report.html").decode()
+    report = f"runs/{answer['run']}/report-{answer['version']}"
+    page = owner.read(f"{report}.html").decode()
     assert answer["version"] in page and "Passed the gate" in page and "3 a worker hour" in page
-    assert owner.read(f"runs/{answer['run']}/report.png").startswith(b"\x89PNG")
+    assert owner.read(f"{report}.png").startswith(b"\x89PNG")
 
 
 def test_the_same_inputs_do_nothing_the_second_time(scene: Path) -> None:
@@ -76,6 +82,24 @@ ELSEWHERE = {
 def test_what_decides_nothing_changes_no_version(name: str, scene: Path) -> None:
     run_night(night_config(scene), Distilling())
     assert run_night(night_config(scene, **ELSEWHERE[name]), never)["already"] is True
+
+
+def test_workers_read_the_commit_that_was_found(scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub's branch may point elsewhere by the time a worker starts."""
+    place, commit = tmp_path / "hub" / "models--owner--tiny", "0123456789abcdef0123456789abcdef01234567"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text(commit)
+    shutil.copytree(scene / "full", place / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    inner = Distilling()
+
+    def moving(payload: dict[str, Any], run: str) -> dict[str, Any]:
+        assert payload["distill"]["model"]["revision"] == commit
+        # Who asks for the branch from here on, to assemble the bundle say, finds nothing.
+        (place / "refs" / "main").write_text("f" * 40)
+        return inner(payload, run)
+
+    run_night(night_config(scene, model={"name": "tiny", "source": "owner/tiny"}), moving)
 
 
 def test_the_data_may_lie_elsewhere(scene: Path) -> None:
@@ -127,6 +151,9 @@ def test_another_offer_of_the_same_weights_is_not_distilled_again(scene: Path) -
     assert second["run"] == first["run"]
     assert second["version"] != first["version"]
     assert second["version"] == current(scene)
+    for version in (first["version"], second["version"]):
+        page = LocalStore(scene / "owner").read(f"runs/{first['run']}/report-{version}.html").decode()
+        assert version in page
 
 
 def test_another_held_out_text_is_measured_anew(scene: Path) -> None:
@@ -170,7 +197,7 @@ def test_an_emulator_too_good_is_kept_and_not_published(scene: Path) -> None:
 
 
 def _pages(owner: LocalStore) -> list[str]:
-    return [key for key in owner.list("runs") if key.endswith("report.html")]
+    return [key for key in owner.list("runs") if key.endswith(".html")]
 
 
 def test_a_rejected_one_is_not_run_again_unless_asked(scene: Path) -> None:
@@ -195,11 +222,37 @@ def test_an_emulator_worse_than_the_release_is_kept(scene: Path) -> None:
     assert current(scene) == "1"
 
 
+def test_a_release_that_was_cut_off_is_judged_against_what_is_current_by_now(scene: Path, tmp_path: Path) -> None:
+    """A was accepted and its release cut off; B, which is better, was released meanwhile."""
+    gate = {"max_regression": 0.1}
+    writes = Mortal()
+    run_mortal(stores(scene, tmp_path / "whole", version="a", gate=gate).config, Distilling(emulated=20.0), writes)
+    kinds_of = [key.split("/")[0] for key in writes.writes]
+    for last, published in ((kinds_of.index("bundles"), False), (kinds_of.index("releases"), True)):
+        place = stores(scene, tmp_path / str(last), version="a", gate=gate)
+        assert run_mortal(place.config, Distilling(emulated=20.0), Mortal(last)) is None
+        training = {"steps": 2, "batch_size": 2, "lr": 1e-3}
+        better = stores(scene, place.folder, version="b", training=training, gate=gate)
+        run_night(better.config, Distilling(emulated=15.0))
+        with pytest.raises(EmulatorRejectedError, match=r"release b 15: it may be at most 16\.5.*b stays current"):
+            run_night(place.config, never)
+        assert current(place.folder) == "b"
+        owner, bundles = LocalStore(place.folder / "owner"), LocalStore(place.folder / "bundles")
+        assert bundles.exists("bundles/tiny/a/manifest.json") is published
+        assert owner.exists("candidates/tiny/a/manifest.json") is not published
+        # A gate that takes it releases it.
+        taken = stores(scene, place.folder, version="a", gate={"max_regression": 0.5}, retry=True)
+        assert run_night(taken.config, never)["version"] == current(place.folder) == "a"
+
+
 def test_without_text_there_is_no_gate(scene: Path) -> None:
     answer = run_night(night_config(scene, validation=None), Distilling())
     assert answer["emulator_gap"] == {}
     with pytest.raises(ValidationError, match=r"gate.min_gap is 0.1, but validation is not set"):
         night_config(scene, validation=None, gate={"min_gap": 0.1})
+    # Not at all worse than the release.
+    with pytest.raises(ValidationError, match=r"gate.max_regression is 0.0, but validation is not set"):
+        night_config(scene, validation=None, gate={"max_regression": 0})
 
 
 def test_a_version_that_was_rolled_back_stays_so(scene: Path) -> None:
@@ -243,7 +296,7 @@ def kinds(writes: list[str]) -> list[int]:
     return [
         i
         for i, key in enumerate(writes)
-        if i == 0 or folders[i] != folders[i - 1] or key.endswith(("manifest.json", "report.html"))
+        if i == 0 or folders[i] != folders[i - 1] or key.endswith(("manifest.json", ".html"))
     ]
 
 
@@ -309,17 +362,65 @@ def test_one_that_waits_finds_the_work_done(scene: Path) -> None:
     go.set()
     first.join(120)
     second.join(120)
-    assert [answer.get("already") for answer in answers] == [None, True]
+    assert {answer.get("already") for answer in answers} == {None, True}
     assert inner.runs == [answers[0]["run"]]
+
+
+def overtake(scene: Path) -> None:
+    """Take the lease, as a run on another machine would."""
+    store = LocalStore(scene / "owner")
+    (holder,) = [key for key in store.list("leases/tiny") if key.endswith("holder.json")]
+    store.create("leases/tiny/00000002/holder.json", store.read(holder))
+
+
+def test_another_night_may_publish_while_this_one_looks(scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, get = night_config(scene), Records.get
+
+    def just_before(self: Records, version: str) -> Record | None:
+        monkeypatch.setattr(Records, "get", get)
+        found = self.get(version)
+        run_night(config, Distilling())
+        return found
+
+    monkeypatch.setattr(Records, "get", just_before)
+    assert run_night(config, never)["already"] is True
+
+
+def test_an_upload_stops_once_the_lease_is_lost(scene: Path) -> None:
+    owner, bundles = LocalStore(scene / "owner"), LocalStore(scene / "bundles")
+    with hold_lease(owner, "tiny", **LEASE) as lease:
+        overtake(scene)
+        deadline = time.monotonic() + 120
+        while not lease.lost:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        with pytest.raises(LeaseLostError):
+            publish_bundle(bundles, scene / "bundle", night._while_held(lease))
+    assert not any(key.endswith("manifest.json") for key in bundles.list())
+
+
+def test_whoever_lost_the_lease_stops_distilling(scene: Path) -> None:
+    def overtaken(payload: dict[str, Any], run: str) -> dict[str, Any]:
+        overtake(scene)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            time.sleep(0.01)
+        raise AssertionError("it distilled on")
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(LeaseLostError, match="nothing more is published here"):
+            run_night(night_config(scene, lease_ttl_s=1.0), overtaken)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not list(LocalStore(scene / "owner").list("runs"))
 
 
 def test_whoever_lost_the_lease_publishes_nothing(scene: Path) -> None:
     inner = Distilling()
 
     def overtaken(payload: dict[str, Any], run: str) -> dict[str, Any]:
-        store = LocalStore(scene / "owner")
-        (holder,) = [key for key in store.list("leases/tiny") if key.endswith("holder.json")]
-        store.create("leases/tiny/00000002/holder.json", store.read(holder))
+        overtake(scene)
         return inner(payload, run)
 
     with pytest.raises(LeaseLostError, match="nothing more is published here"):

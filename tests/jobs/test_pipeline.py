@@ -204,10 +204,10 @@ def test_a_bundle_without_a_version_is_the_current_one(story: Story, tmp_path: P
 
 def test_the_run_leaves_a_report(story: Story) -> None:
     run = story.place / "owner/runs/run-1"
-    page = (run / "report.html").read_text()
+    page = (run / "report-1.html").read_text()
     assert "Passed the gate" in page
     assert f"{story.made['emulator_gap']['emulated']:.4g}" in page
-    assert image.imread(run / "report.png").std() > 0.01
+    assert image.imread(run / "report-1.png").std() > 0.01
 
 
 def test_the_same_seed_distils_the_same_emulator(story: Story) -> None:

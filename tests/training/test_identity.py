@@ -50,7 +50,7 @@ def test_what_decides_the_weights_changes_the_identity(change):
         {"run": "another"},
         {"model": {"source": "moved"}},
         {"data": {"source": "moved.jsonl"}},
-        {"data": {"workers": 5, "prefetch": 9}},
+        {"data": {"workers": 5, "prefetch": 9, "passes": 3}},
         {"training": {"zero_stage": 3, "micro_batch_size": 1, "checkpoint_every": 5, "keep_checkpoints": 9}},
     ],
 )
