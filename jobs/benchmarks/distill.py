@@ -53,6 +53,8 @@ class DistillBenchmark(Config):
     """Steps before the clock starts."""
     repeats: int = Field(default=3, ge=1)
     """Runs of each side, in turns; the median counts."""
+    timeout_s: float = Field(default=1800.0, gt=0)
+    """Seconds that one run of a side may take."""
     options: DistillOptions = DistillOptions(head_tokens=256)
     """How our pass is computed."""
     hardware: str = "cpu"
@@ -121,7 +123,10 @@ def _run_side(side: Side, shape: Shape, config: DistillBenchmark) -> dict[str, A
         micro_batch_size=config.micro_batch_size,
     )
     command = [sys.executable, "-m", "jobs.benchmarks.distill_side", given.model_dump_json()]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=config.timeout_s)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"no result after {config.timeout_s:g} s"}
     if done.returncode:
         # A side that does not fit the device is a result too.
         return {"failed": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]}

@@ -33,6 +33,9 @@ def distill_on_worker(payload: dict[str, Any]) -> dict[str, Any]:
 class Shown:
     """Shows the figures of each step: for a person, for a program, and as Ray metrics.
 
+    Where a driver shows what its workers print, Ray puts the worker's name before each line; a program that
+    wants a log without it reads the run's history in the store.
+
     Args:
         log: `bar` draws progress, `json` prints one line a step; both on standard error.
     """

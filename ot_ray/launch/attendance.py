@@ -62,9 +62,10 @@ class Attendance:
         quiet_until = time.monotonic() + _QUIET_S
         with _placement([self._resources] * self._fewest) as placed:
             while not placed(_POLL_S):
-                self._check_time()
+                # Told before the time is checked, so that a poll that stalls does not end the wait in silence.
                 if time.monotonic() > quiet_until:
                     self._tell_now_and_then()
+                self._check_time()
             return self._fewest + self._room_for_more()
 
     def started(self) -> None:
@@ -91,11 +92,10 @@ class Attendance:
     def _check_time(self) -> None:
         if self._left() > 0:
             return
-        asked = self._fewest if self._fewest == self._most else [self._fewest, self._most]
         raise LaunchError(
-            f"workers.count is {asked}, but the cluster had room for {self._room()} ({self._each()} each) for "
-            f"{self._timeout_s:.0f} s; add machines, lower workers.count, workers.cpus or workers.gpus, or wait "
-            "longer with workers.start_timeout_s"
+            f"workers.count is {asked(self._fewest, self._most)}, but the cluster had room for {self._room()} "
+            f"({each(self._resources)} each) for {self._timeout_s:.0f} s; add machines, lower workers.count, "
+            "workers.cpus or workers.gpus, or wait longer with workers.start_timeout_s"
         )
 
     def _tell_now_and_then(self) -> None:
@@ -104,16 +104,23 @@ class Attendance:
         self._told = time.monotonic()
         workers = "1 worker" if self._fewest == 1 else f"{self._fewest} workers"
         self._tell(
-            f"waiting for {workers} with {self._each()} each; the cluster has room for {self._room()} "
-            f"({self._left():.0f} s left, workers.start_timeout_s)"
+            f"waiting for {workers} with {each(self._resources)} each; the cluster has room for {self._room()} "
+            f"({max(0.0, self._left()):.0f} s left, workers.start_timeout_s)"
         )
 
     def _room(self) -> int:
         # A placement group that cannot be placed holds nothing, so that this is what it sees itself.
         return min(room_for(self._resources), self._fewest)
 
-    def _each(self) -> str:
-        return " and ".join(f"{amount:g} {name}" for name, amount in self._resources.items())
+
+def asked(fewest: int, most: int) -> str:
+    """`workers.count` as it is written in a configuration."""
+    return str(fewest if fewest == most else [fewest, most])
+
+
+def each(resources: Mapping[str, float]) -> str:
+    """What one worker needs, in words."""
+    return " and ".join(f"{amount:g} {name}" for name, amount in resources.items())
 
 
 def room_for(resources: Mapping[str, float]) -> int:

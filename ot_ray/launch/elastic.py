@@ -26,11 +26,15 @@ class FreeRoomPolicy(ElasticScalingPolicy):
     Ray's own policy reads the machines' whole capacity. Where a driver or another run holds part of it, that
     policy would stop a healthy group again and again for a larger one that cannot be placed; and without room
     it spins, so that the run can no longer be aborted.
+
+    Growing costs the steps since the last checkpoint, so each growth doubles the time until the next look:
+    machines that trickle in do not keep the group from its next checkpoint.
     """
 
     def __init__(self, scaling_config: ScalingConfig, start: int, resources: Mapping[str, float]) -> None:
         super().__init__(scaling_config)
         self._start_with, self._resources = start, dict(resources)
+        self._interval_s = scaling_config.elastic_resize_monitor_interval_s
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         self._maybe_send_resource_request()
@@ -42,7 +46,7 @@ class FreeRoomPolicy(ElasticScalingPolicy):
         self._maybe_send_resource_request()
         now = time_monotonic()
         since = max(worker_group_state.start_time, self._latest_monitor_time)
-        if now - since < self.scaling_config.elastic_resize_monitor_interval_s:
+        if now - since < self._interval_s:
             return NoopDecision()
         self._latest_monitor_time = now
         present = worker_group_state.num_workers
@@ -51,6 +55,7 @@ class FreeRoomPolicy(ElasticScalingPolicy):
         found = present + room_for(self._resources)
         if found == present:
             return NoopDecision()
+        self._interval_s *= 2
         return self._get_resize_decision(min(found, self.scaling_config.max_workers))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ot_ray.errors import OTRayError
@@ -23,7 +23,7 @@ class Failure:
     own: OTRayError | None
     """The error of our tree that a worker raised, if that is why; trying again would meet it again."""
     lost_machine: bool
-    """A machine of the cluster vanished under the group."""
+    """A machine of the cluster vanished under the group, or was taken back."""
     no_room: bool
     """The group was never placed, because somebody else took the room."""
     final: bool
@@ -53,7 +53,7 @@ def read_failure(error: BaseException, before: set[str]) -> Failure:
     own = next((found for failure in worker_failures.values() if (found := _own(failure))), None)
     no_room = isinstance(controller, WorkerGroupStartupTimeoutError)
     final = isinstance(controller, InsufficientClusterResourcesError)
-    lost = _lost_machine(dead, before, _patience(error, dead, certain=own is not None or no_room or final))
+    lost = _taken_back(error, dead) or _lost_machine(error, dead, own, before, certain=no_room or final)
     return Failure(
         # A worker that died pulls others down with it: what those raised explains nothing.
         own=None if dead or lost else own,
@@ -64,26 +64,41 @@ def read_failure(error: BaseException, before: set[str]) -> Failure:
     )
 
 
-def _patience(error: BaseException, dead: list[BaseException], certain: bool) -> float:
-    """Seconds after which a machine that is still alive was not the reason."""
+def _taken_back(error: BaseException, dead: list[BaseException]) -> bool:
+    from ray.train.v2.api.exceptions import PreemptionError
+
+    return isinstance(error, PreemptionError) or any(getattr(_cause(failure), "preempted", False) for failure in dead)
+
+
+def _lost_machine(
+    error: BaseException, dead: list[BaseException], own: OTRayError | None, before: set[str], certain: bool
+) -> bool:
+    """Whether a machine that vanished since `before` is the reason, waiting for Ray's verdict where that may come."""
     from ray.exceptions import ActorDiedError
 
     if dead:
-        # A worker that does not answer may yet turn out to have gone with its machine.
+        # The report of a dead worker names the machine it ran on. One that does not answer may yet turn out to
+        # have gone with its machine.
+        said = "\n".join(str(failure) for failure in dead)
         declared = all(isinstance(_cause(failure), ActorDiedError) for failure in dead)
-        return _DECLARED_S if declared else _VERDICT_S
-    # Workers that never came up cannot say where they would have been.
-    unclear = hasattr(error, "controller_failure") or _COLLATERAL.search(str(error))
-    return _VERDICT_S if unclear and not certain else 0.0
+        return _vanishes(before, _DECLARED_S if declared else _VERDICT_S, lambda machine: machine in said)
+    # Other errors name no machine, and an idle one may leave the cluster at any time: only what looks like a lost
+    # neighbour counts, and workers that never came up, which cannot say where they would have been.
+    if own is not None or not (_from_controller(error) or _COLLATERAL.search(str(error))):
+        return False
+    return _vanishes(before, 0.0 if certain else _VERDICT_S, lambda machine: True)
 
 
-def _lost_machine(dead: list[BaseException], before: set[str], patience_s: float) -> bool:
-    # The report of a dead worker names the machine it ran on; any other error names none.
-    said = "\n".join(str(failure) for failure in dead)
+def _from_controller(error: BaseException) -> bool:
+    from ray.exceptions import RayActorError
+
+    return hasattr(error, "controller_failure") or isinstance(error, RayActorError)
+
+
+def _vanishes(before: set[str], patience_s: float, counts: Callable[[str], bool]) -> bool:
     deadline = time.monotonic() + patience_s
     while True:
-        gone = before - machines()
-        if any(machine in said for machine in gone) or (gone and not dead):
+        if any(counts(machine) for machine in before - machines()):
             return True
         if time.monotonic() >= deadline:
             return False

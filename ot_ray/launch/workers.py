@@ -9,6 +9,7 @@ import os
 import secrets
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,11 +17,13 @@ from pydantic import Field, field_validator
 
 from ot_ray.config import Config
 from ot_ray.errors import LaunchError
-from ot_ray.launch.attendance import Attendance, tell_on_stderr
+from ot_ray.launch.attendance import Attendance, asked, each, tell_on_stderr
 from ot_ray.launch.failures import Failure, machines, read_failure
 
 WorkerFunction = Callable[[dict[str, Any]], dict[str, Any]]
 _PLACING_S = 60
+# An attempt whose workers never came up ends after the placing time and what Ray itself needs to begin.
+_CAME_UP_S = 2 * _PLACING_S
 _START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 
 
@@ -40,8 +43,9 @@ class WorkerGroup(Config):
     start_timeout_s: int = Field(default=1800, ge=1)
     """Seconds that the run waits for room for its fewest workers, at its start and after a loss: how long an
     autoscaler may take to bring the machines."""
-    resize_interval_s: float = Field(default=60.0, gt=0)
-    """Seconds between two looks for room for more workers, where `count` is a range."""
+    resize_interval_s: float = Field(default=600.0, gt=0)
+    """Seconds between two looks for room for more workers, where `count` is a range; twice as long after each
+    growth of a group. Growing starts the group anew and costs the steps since the last checkpoint."""
     ray_storage: str | None = None
     """Folder or address that all nodes reach, for Ray Train's own records; unset, Ray's default."""
 
@@ -102,7 +106,7 @@ def run_workers(
     failures = 0
     while True:
         start = attendance.gather()
-        present = machines()
+        present, began = machines(), time.monotonic()
         try:
             return _attempt(function, payload, group, run_name, start)
         except (TrainingFailedError, RayActorError) as error:
@@ -112,7 +116,8 @@ def run_workers(
             failures += _counts(failure)
             if failure.final or failures > group.max_failures:
                 raise LaunchError(_given_up(run_name, failure, failures, group)) from error
-        if not failure.no_room:
+        # A group that ran for long may find no room where it grows; it had come up all the same.
+        if not failure.no_room or time.monotonic() - began > _CAME_UP_S:
             attendance.started()
         tell(_again(failure, failures, group))
 
@@ -120,7 +125,7 @@ def run_workers(
 def _attempt(
     function: WorkerFunction, payload: dict[str, Any], group: WorkerGroup, run_name: str, start: int
 ) -> dict[str, Any]:
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train import LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
 
     from ot_ray.launch.elastic import ElasticTrainer
@@ -131,8 +136,7 @@ def _attempt(
         storage_path=group.ray_storage,
         # Ray Train would turn every print of a library into a log line of its own.
         worker_runtime_env={"env_vars": {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}},
-        # Whether to try again is decided by `run_workers`, where a user's error is told from a machine's.
-        failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+        failure_config=_no_retries(),
         # At its usual level Ray Train repeats what our own progress says.
         logging_config=LoggingConfig(log_level="WARNING"),
     )
@@ -155,6 +159,16 @@ def _attempt(
         return trainer.fit().return_value or {}
 
 
+def _no_retries() -> Any:
+    """Whether to try again is decided by `run_workers`, where a user's error is told from a machine's.
+
+    Ray Train itself would also try for ever, at the size from before, after a machine that was taken back.
+    """
+    from ray.train import FailureConfig
+
+    return FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0)
+
+
 def _check_storage(run_config: Any, group: WorkerGroup) -> None:
     try:
         # Opens the place, and makes its folder.
@@ -171,6 +185,13 @@ def _counts(failure: Failure) -> bool:
 
 
 def _given_up(run_name: str, failure: Failure, failures: int, group: WorkerGroup) -> str:
+    if failure.final:
+        count = asked(group.fewest, group.most)
+        return (
+            f"run {run_name} failed: workers.count is {count}, but the cluster can never have room for {group.fewest} "
+            f"({each(group.resources)} each): {failure.reason}; add machines, or lower workers.count, workers.cpus or "
+            "workers.gpus"
+        )
     message = f"run {run_name} failed: {failure.reason}"
     if failures <= 1:
         return message

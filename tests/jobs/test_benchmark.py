@@ -51,6 +51,13 @@ def test_both_sides_have_their_figures_and_equal_losses(run, tmp_path):
     assert "tiny 1-2-1, batch 2 x 16 tokens" in err and "x tokens/s" in err
 
 
+def test_a_side_without_a_result_in_time_is_shown_as_such(run):
+    code, out, err = run("shapes=[tiny]", "sides=[plain-float32]", "repeats=2", "timeout_s=0.01")
+    assert code == 0, err
+    assert json.loads(out)["results"]["tiny"]["sides"] == {"plain-float32": {"failed": "no result after 0.01 s"}}
+    assert "failed: no result after 0.01 s" in err
+
+
 def test_a_side_that_fails_is_shown_as_such():
     failed = {"failed": "torch.OutOfMemoryError: CUDA out of memory"}
     compared = {"plain": "plain-float32", "ours": "ours-bfloat16", "speed": None, "memory": None}

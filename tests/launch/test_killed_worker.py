@@ -17,12 +17,14 @@ from ot_ray.training import distilled_state
 from tests.artifacts.samples import tiny_tokenizer
 from tests.fixtures.models import VOCAB, tiny_model
 from tests.launch.worker_functions import distil_and_die_once
+from tests.training.samples import PATIENCE
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * PATIENCE)]
 
 STEPS, EVERY, KILL_AT = 6, 2, 5
 _TIMES = {"tokens_per_s", "seconds", "data_wait", "data_wait_share", "mfu", "seconds_left"}
 
 
-@pytest.mark.slow
 def test_a_killed_worker_changes_nothing_in_the_result(local_ray: ClusterAddress, tmp_path: Path) -> None:
     payload = _distillation(tmp_path)
     group = WorkerGroup(count=2, max_failures=1, ray_storage=str(tmp_path / "ray"))
