@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from jobs.emulator.config import MakeEmulatorConfig
 from jobs.limits import require_length
 from ot_ray.artifacts import key_id, open_model_source
-from ot_ray.data import DataConfig, read_documents, source_digest
+from ot_ray.data import DataConfig, read_documents, resolved_revision, source_digest
+from ot_ray.data.streaming import StreamConfig
 from ot_ray.errors import ConfigError
 from ot_ray.model import ModelConfig
 from ot_ray.training import DistillConfig
@@ -31,6 +32,8 @@ class Inputs:
     """The model's."""
     depth: int
     """Layers of the full model."""
+    data: StreamConfig
+    """The training text; a hub's data set at the commit that it has now."""
     data_digest: str
     """Of the training text."""
     text: str
@@ -60,16 +63,18 @@ def look_up(config: MakeEmulatorConfig) -> Inputs:
             "and each needs a sequence; raise it, or lower workers.count"
         )
     tokenizer = source.tokenizer()
-    data_digest = config.data_digest or _digest(config.data, config)
+    data = config.data.model_copy(update={"revision": resolved_revision(config.data)})
+    data_digest = config.data_digest or _digest(data, config)
     held_out = f"{_digest(config.validation, config)}-{config.sequence_length}" if config.validation else ""
     weights = run_identity(config, source.version, data_digest)
     identity = {"run": weights, "bundle": offer}
-    # Everybody who reads the model later reads this commit, wherever a branch points by then.
+    # Everybody who reads the model or the text later reads this commit, wherever a branch points by then.
     commit = source.files.commit
     return Inputs(
         model=config.model if commit is None else config.model.model_copy(update={"revision": commit}),
         tokenizer=tokenizer,
         depth=depth,
+        data=data,
         data_digest=data_digest,
         text=held_out,
         identity=identity,
@@ -84,6 +89,7 @@ def for_workers(config: MakeEmulatorConfig, inputs: Inputs) -> dict[str, Any]:
     found = {
         "run": inputs.run,
         "model": inputs.model.model_dump(mode="json"),
+        "data": inputs.data.model_dump(mode="json"),
         "data_digest": inputs.data_digest,
         "model_version": inputs.identity["run"]["model"]["version"],
     }

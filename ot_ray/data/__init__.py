@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from ot_ray.data.batches import Batches, BatchStream, rows_of
 from ot_ray.data.cpython import docstrings, language_reference, write_quickstart_data
-from ot_ray.data.digest import source_digest
+from ot_ray.data.digest import resolved_revision, source_digest
 from ot_ray.data.documents import DataConfig, read_documents
 from ot_ray.data.examples import Conversation, Document, Example, Message, Segment
 from ot_ray.data.files import FileInfo, Files, bucket_address
@@ -39,6 +39,7 @@ __all__ = [
     "open_stream",
     "pack",
     "read_documents",
+    "resolved_revision",
     "rows_of",
     "source_digest",
     "tokenize",

@@ -31,7 +31,7 @@ def source_digest(config: DataConfig, files: Files | None = None) -> str:
         ConfigError: an `s3://` source without `files`.
         MissingDependencyError: a Hugging Face dataset needs the `eval` extra.
     """
-    content = _dataset(config.dataset) if config.dataset else _files(config, files)
+    content = _dataset(config, config.dataset) if config.dataset else _files(config, files)
     settings = config.model_dump(mode="json", include=_TEXT_FIELDS)
     text = json.dumps([settings, content], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -70,10 +70,18 @@ def _sha256(file: Any) -> str:
     return digest.hexdigest()
 
 
-def _dataset(name: str) -> list[Any]:
-    if Path(name).is_dir():
-        infos = list(LocalFiles().list(name))
-        return [[Path(info.key).relative_to(name).as_posix(), *_content(info)] for info in infos]
+def resolved_revision(config: DataConfig) -> str | None:
+    """The commit of the Hugging Face hub that `config` names now; None where the source is no dataset there.
+
+    With it as `config.revision`, reading goes on from the same text whatever is pushed later.
+
+    Raises:
+        DataError: it cannot be learnt.
+        MissingDependencyError: it needs the `eval` extra.
+    """
+    name = config.dataset
+    if name is None or Path(name).is_dir():
+        return None
     try:
         hub = importlib.import_module("huggingface_hub")
     except ImportError:
@@ -82,8 +90,15 @@ def _dataset(name: str) -> list[Any]:
         ) from None
     repository = "/".join(name.split("/")[:2])
     try:
-        commit = hub.HfApi().dataset_info(repository).sha
+        commit = hub.HfApi().dataset_info(repository, revision=config.revision).sha
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(f"hub:{name}: its commit cannot be learnt: {reason}; check the name and the network") from None
-    return [name, commit]
+    return commit
+
+
+def _dataset(config: DataConfig, name: str) -> list[Any]:
+    if Path(name).is_dir():
+        infos = list(LocalFiles().list(name))
+        return [[Path(info.key).relative_to(name).as_posix(), *_content(info)] for info in infos]
+    return [name, resolved_revision(config)]

@@ -32,6 +32,9 @@ class DataConfig(Config):
     split: str = Field(default="train", min_length=1)
     """The split of a Hugging Face dataset."""
 
+    revision: str | None = Field(default=None, min_length=1)
+    """Branch, tag or commit of a dataset on the Hugging Face hub; unset, its main branch as it is when it is read."""
+
     text_field: str = Field(default="text", min_length=1)
     """The key or column that holds the text of plain-text rows."""
 
@@ -49,6 +52,8 @@ class DataConfig(Config):
             raise ValueError("source is in a bucket, but format is 'hub'; use 'auto'")
         if self.format == "hub" and not self.source.removeprefix(HUB):
             raise ValueError("source names no dataset; write hub:owner/name")
+        if self.revision is not None and self.dataset is None:
+            raise ValueError(f"revision is {self.revision!r}, but the source is no dataset on the hub; leave it out")
         return self
 
     @property
@@ -90,7 +95,7 @@ class Source:
     def records(self, file: int, start: Place = BEGINNING, longest: int = LONGEST_TEXT) -> Iterator[Record]:
         """The records of file number `file` (from 0) from a place on. See `read_records` and `read_hub`."""
         if self.config.dataset:
-            return read_hub(self.config.dataset, self.config.split, start)
+            return read_hub(self.config.dataset, self.config.split, start, self.config.revision)
         separator = self.config.document_separator
         return read_records(self.files[file], self._opener, self.config.text_field, separator, start, longest)
 

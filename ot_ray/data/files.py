@@ -55,11 +55,11 @@ class LocalFiles:
     """The files of this machine; keys are paths."""
 
     def list(self, prefix: str) -> Iterator[FileInfo]:
-        """The file or the files below the folder, hidden ones left out."""
+        """The file, or the files below the folder without hidden ones and what lies in hidden folders."""
         path = Path(prefix)
         found = sorted(path.rglob("*")) if path.is_dir() else [path]
         for entry in found:
-            if entry.is_file() and not entry.name.startswith("."):
+            if entry.is_file() and not _hidden(entry.relative_to(path).parts):
                 yield FileInfo(str(entry), entry.stat().st_size)
 
     def open(self, key: str) -> BinaryIO:
@@ -133,7 +133,8 @@ def _in_bucket(source: str, kind: str, files: Files | None) -> list[SourceFile]:
     elif [info.key for info in listed] == [path]:
         found = listed
     else:
-        visible = {info.key: info for info in listed if not info.key.rpartition("/")[2].startswith(".")}
+        below = len(pattern) if path else 0
+        visible = {info.key: info for info in listed if not _hidden(info.key.split("/")[below:])}
         found = [visible[str(key)] for key in _chosen(_place(source), [Path(key) for key in visible], kind)]
     if not found:
         raise DataError(f"{_place(source)}: no file matches; check the pattern")
@@ -141,12 +142,19 @@ def _in_bucket(source: str, kind: str, files: Files | None) -> list[SourceFile]:
 
 
 def _matches(key: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether a key's segments match a pattern's, as `glob` matches paths: `*` stays within one segment."""
+    """Whether a key's segments match a pattern's, as `glob` matches paths: `*` stays within one segment, and what is
+    hidden is met only by a segment that begins with a dot itself."""
     if not pattern:
         return not key
     if pattern[0] == "**":
-        return any(_matches(key[start:], pattern[1:]) for start in range(len(key)))
-    return bool(key) and fnmatchcase(key[0], pattern[0]) and _matches(key[1:], pattern[1:])
+        return any(_matches(key[n:], pattern[1:]) for n in range(len(key)) if not _hidden(key[:n]))
+    if not key or (_hidden(key[:1]) and not _hidden(pattern[:1])):
+        return False
+    return fnmatchcase(key[0], pattern[0]) and _matches(key[1:], pattern[1:])
+
+
+def _hidden(parts: Sequence[str]) -> bool:
+    return any(part.startswith(".") for part in parts)
 
 
 def _chosen(folder: str, paths: Sequence[Path], kind: str) -> list[Path]:

@@ -98,8 +98,11 @@ def parse_record(record: Record, file: SourceFile, text_field: str) -> Document:
     return parse_row(_json(line.removeprefix(_BYTE_ORDER_MARK), where), text_field, where)
 
 
-def read_hub(name: str, split: str, start: Place) -> Iterator[Record]:
+def read_hub(name: str, split: str, start: Place, revision: str | None = None) -> Iterator[Record]:
     """The rows of a Hugging Face dataset, streamed: `name`, `owner/name`, `owner/name/config` or a folder.
+
+    Args:
+        revision: a branch, tag or commit of a dataset on the hub; unset, its main branch.
 
     Raises:
         DataError: the dataset, its config or split cannot be loaded, or is empty.
@@ -111,7 +114,7 @@ def read_hub(name: str, split: str, start: Place) -> Iterator[Record]:
         raise _missing("datasets", f"hub:{name} is a Hugging Face dataset") from None
     source = f"hub:{name}, split {split}"
     number = start.number - 1
-    for row in _hub_rows(datasets, name, split, source, skip=number):
+    for row in _hub_rows(datasets, name, split, source, number, revision):
         number += 1
         yield Record(Place(number), row)
     if not number:
@@ -150,7 +153,7 @@ def _blocks(file: SourceFile, files: Files) -> Iterator[str]:
 
 
 def _parts(blocks: Iterable[str], separator: str | None, longest: int) -> Iterator[str]:
-    held = ""
+    held, ahead = "", len(separator) - 1 if separator else 0
     for block in blocks:
         held += block
         if separator:
@@ -159,9 +162,12 @@ def _parts(blocks: Iterable[str], separator: str | None, longest: int) -> Iterat
                 *pieces, last = _cut(text, longest)
                 yield from pieces
                 yield last
-        *pieces, held = _cut(held, longest)
+        # The end may be the beginning of a separator, which a cut would hide.
+        end = max(0, len(held) - ahead)
+        *pieces, rest = _cut(held[:end], longest)
         yield from pieces
-    yield held
+        held = rest + held[end:]
+    yield from _cut(held, longest)
 
 
 def _cut(text: str, longest: int) -> Iterator[str]:
@@ -237,14 +243,16 @@ def _readable_parquet(file: SourceFile) -> Iterator[None]:
         raise DataError(f"{file.name}: not a readable Parquet file: {_first_line(error)}") from None
 
 
-def _hub_rows(datasets: Any, name: str, split: str, source: str, skip: int) -> Iterator[Mapping[str, Any]]:
+def _hub_rows(
+    datasets: Any, name: str, split: str, source: str, skip: int, revision: str | None
+) -> Iterator[Mapping[str, Any]]:
     parts = name.split("/")
     # A path is never a config's name, so a misspelt folder is reported whole.
     local = Path(name).is_dir() or name.startswith(("/", "."))
     path = name if local else "/".join(parts[:2])
     config = None if local else "/".join(parts[2:]) or None
     try:
-        rows = datasets.load_dataset(path, config, split=split, streaming=True)
+        rows = datasets.load_dataset(path, config, split=split, revision=None if local else revision, streaming=True)
         yield from rows.skip(skip) if skip else rows
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(

@@ -25,7 +25,7 @@ def run_identity(config: DistillConfig, model_version: str, data_digest: str) ->
     data = config.data.model_dump(mode="json")
     # Where the text lies, how many processes read it and how often it may be read through decide no batch; its digest
     # stands for what it says.
-    for name in ("source", "workers", "prefetch", "passes"):
+    for name in ("source", "revision", "workers", "prefetch", "passes"):
         data.pop(name)
     return {
         "schema": SCHEMA,

@@ -12,12 +12,23 @@ from ot_ray.training.planning.flops import flops_of
 from ot_ray.training.planning.hardware import HARDWARE
 from ot_ray.training.planning.parts import parts_of
 
-_NAMES = {"H200": "h200", "H100": "h100", "A100": "a100-80", "L40S": "l40s", "RTX A6000": "a6000"}
-"""What CUDA calls a device contains -> its entry; the two A100 differ in memory only."""
+_NAMES = {
+    "H200": "h200",
+    "H100 PCIe": "h100-pcie",
+    "H100 NVL": "h100-nvl",
+    "H100": "h100",
+    "A100": "a100-80",
+    "L40S": "l40s",
+    "RTX A6000": "a6000",
+}
+"""What CUDA calls a device contains -> its entry, the first that fits; the two A100 differ in memory only."""
 
 
 def step_flops(shape: PretrainedConfig, plan: SplitPlan, batch_size: int, length: int) -> float:
     """Floating-point operations of one optimiser step of distilling, over all workers together.
+
+    Attention is counted over whole sequences, also where packed documents are masked apart: the share of the peak
+    that is computed from it errs high for long sequences of short documents.
 
     Args:
         batch_size: sequences of a step.

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_PATIENCE_S = 300.0
+_PATIENCE_S = 150.0
+"""For each part of a scene; together they take less than test_faults.py waits."""
 
 
 def kill_worker(folder: Path) -> None:
@@ -92,8 +93,12 @@ def _wait_for(driver: subprocess.Popen[bytes], condition: Callable[[], bool]) ->
 
 
 def _end_well(driver: subprocess.Popen[bytes]) -> None:
-    if driver.wait(_PATIENCE_S) != 0:
-        sys.exit(f"the driver ended with {driver.returncode}")
+    try:
+        code = driver.wait(_PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        sys.exit(f"the driver has not ended within {_PATIENCE_S:.0f} s")
+    if code != 0:
+        sys.exit(f"the driver ended with {code}")
 
 
 SCENES = {scene.__name__: scene for scene in (kill_worker, lose_machine, kill_driver)}

@@ -35,11 +35,13 @@ def play(tmp_path: Path) -> Iterator[Play]:
     def play(name: str) -> dict[str, Any]:
         with (tmp_path / "output").open("w+") as output:
             scene = [sys.executable, "-m", "tests.cluster.scene", name, str(tmp_path)]
-            ended = subprocess.run(
-                scene, cwd=ROOT, env=_environment(place), stdout=output, stderr=subprocess.STDOUT, timeout=500
-            )
+            code = None
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = subprocess.run(
+                    scene, cwd=ROOT, env=_environment(place), stdout=output, stderr=subprocess.STDOUT, timeout=500
+                ).returncode
             output.seek(0)
-            assert ended.returncode == 0, output.read()
+            assert code == 0, f"the scene {'took too long' if code is None else 'failed'}:\n{output.read()}"
         return json.loads((tmp_path / "result.json").read_text())
 
     try:

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import json
 import re
 import shutil
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pytest
 
-from ot_ray.data import DataConfig, FileInfo, StreamConfig, source_digest
+from ot_ray.data import DataConfig, FileInfo, StreamConfig, resolved_revision, source_digest
 from ot_ray.errors import ConfigError, DataError
+
+COMMITS = {"main": "a" * 40, "v1": "b" * 40}
 
 
 class Listing:
@@ -103,6 +108,48 @@ def test_a_dataset_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match=r"^hub:nobody/nothing/part: its commit cannot be learnt"):
         digest("hub:nobody/nothing/part")
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A hub that only knows which commit a revision is."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            found = re.fullmatch(r"/api/datasets/owner/name(?:/revision/(\w+))?", self.path.partition("?")[0])
+            commit = COMMITS.get(found[1] or "main", found[1]) if found else None
+            body = json.dumps({"id": "owner/name", "sha": commit}).encode()
+            self.send_response(200 if found else 404)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        yield
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_dataset_on_the_hub_counts_by_its_commit() -> None:
+    source = "hub:owner/name/part"
+    assert resolved_revision(DataConfig(source=source)) == COMMITS["main"]
+    assert resolved_revision(DataConfig(source=source, revision="v1")) == COMMITS["v1"]
+    # A branch and the commit that it is at are the same text.
+    assert digest(source) == digest(source, revision=COMMITS["main"]) != digest(source, revision="v1")
+
+
+def test_only_the_hub_has_commits(tmp_path: Path) -> None:
+    assert resolved_revision(DataConfig(source=f"hub:{tmp_path}")) is None
+    assert resolved_revision(DataConfig(source=str(tmp_path))) is None
 
 
 def test_a_source_that_is_not_there(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 
 from ot_ray.config import parse
 from ot_ray.data import Conversation, DataConfig, Example, read_documents
-from ot_ray.data.readers import LONGEST_TEXT
+from ot_ray.data.readers import LONGEST_TEXT, _cut, _parts
 from ot_ray.errors import ConfigError, DataError, MissingDependencyError
 
 
@@ -38,6 +38,18 @@ def test_a_separator_on_a_block_border_still_divides(tmp_path: Path, monkeypatch
     path = tmp_path / "a.txt"
     path.write_text("one<cut>twö<cut>three")
     assert read(path, document_separator="<cut>") == ["one", "twö", "three"]
+
+
+@pytest.mark.parametrize("block", range(1, 9))
+def test_a_separator_divides_where_a_long_document_is_cut(block: int) -> None:
+    texts = ["a" * length for length in range(6, 20)] + ["b" * 20 + "<cu"]
+    whole = "<cut>\n".join(texts)
+    blocks = [whole[start : start + block] for start in range(0, len(whole), block)]
+    pieces = list(_parts([*blocks, ""], "<cut>\n", 7))
+    assert "".join(pieces) == "".join(texts)
+    assert all(len(piece) <= 7 for piece in pieces)
+    # Where a block ends changes nothing.
+    assert pieces == [piece for text in texts for piece in _cut(text, 7)]
 
 
 def test_a_huge_text_is_cut_at_line_ends_and_loses_nothing(tmp_path: Path) -> None:
@@ -119,6 +131,17 @@ def test_a_local_folder_serves_as_a_hub_dataset(tmp_path: Path, suffix: str) -> 
     assert read(folder, format="hub", limit=1) == ["one"]
     with pytest.raises(DataError, match=r"hub:.*, split dev: cannot be loaded: .*dev"):
         read(f"hub:{folder}", split="dev")
+
+
+def test_a_dataset_on_the_hub_is_read_at_its_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(path: str, config: str | None, **options: Any) -> Iterator[dict[str, str]]:
+        return iter([{"text": f"{path} {config} {options['split']} {options['revision']}"}])
+
+    (tmp_path / "train.jsonl").write_text('{"text": "one"}\n')
+    assert read(f"hub:{tmp_path}", revision="v1") == ["one"], "a folder has no revisions"
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert read("hub:owner/name/part", revision="v1") == ["owner/name part train v1"]
+    assert read("hub:owner/name") == ["owner/name None train None"]
 
 
 def test_hub_rows_are_checked_like_any_other(tmp_path: Path) -> None:
@@ -227,6 +250,7 @@ def test_a_missing_package_names_the_extra(
         ({"source": "hub:a/b", "format": "text"}, "format is 'text'; use 'hub'"),
         ({"source": "hub:", "format": "hub"}, "names no dataset"),
         ({"source": "a", "document_separator": ""}, "document_separator"),
+        ({"source": "a", "revision": "v1"}, "revision is 'v1', but the source is no dataset"),
     ],
 )
 def test_a_config_that_makes_no_sense_is_refused(values: dict[str, Any], message: str) -> None:

@@ -16,6 +16,7 @@ from ot_ray.errors import ConfigError, DataError, NotFoundError
 from tests.data.corpora import LENGTH, documents, jsonl, same, settings, word_tokenizer, write_corpus
 
 ROWS = jsonl(documents(40))
+IN_HIDDEN = ("corpus/.h/e.jsonl", "corpus/deep/.h/e.jsonl")
 PACKED = {"gz": gzip.compress(ROWS), "zst": zstandard.compress(ROWS)}
 
 
@@ -127,7 +128,15 @@ def test_reading_starts_at_any_record(tmp_path: Path, kind: str) -> None:
 def bucket(tmp_path: Path) -> FolderFiles:
     folder = tmp_path / "bucket"
     (folder / "corpus" / "deep").mkdir(parents=True)
-    for name in ("corpus/a.jsonl", "corpus/b.txt", "corpus/deep/c.jsonl", "corpus/.hidden.jsonl", "corpora.jsonl"):
+    for name in (
+        "corpus/a.jsonl",
+        "corpus/b.txt",
+        "corpus/deep/c.jsonl",
+        "corpus/.hidden.jsonl",
+        "corpora.jsonl",
+        *IN_HIDDEN,
+    ):
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(jsonl([{"text": name}]) if name.endswith("jsonl") else name.encode())
     (folder / "corpus" / "d.jsonl.zst").write_bytes(zstandard.compress(jsonl([{"text": "corpus/d.jsonl.zst"}])))
     (folder / "corpus" / "image.png").write_bytes(b"")
@@ -140,14 +149,20 @@ def bucket(tmp_path: Path) -> FolderFiles:
         ("corpus", ["corpus/a.jsonl", "corpus/b.txt", "corpus/d.jsonl.zst", "corpus/deep/c.jsonl"]),
         ("corpus/", ["corpus/a.jsonl", "corpus/b.txt", "corpus/d.jsonl.zst", "corpus/deep/c.jsonl"]),
         ("corpus/a.jsonl", ["corpus/a.jsonl"]),
-        ("corpus/*.jsonl", ["corpus/.hidden.jsonl", "corpus/a.jsonl"]),
-        ("corpus/[a-c].*", ["corpus/a.jsonl", "corpus/b.txt"]),
+        ("corpus/*.jsonl", ["corpus/a.jsonl"]),
+        ("corpus/.*.jsonl", ["corpus/.hidden.jsonl"]),
+        ("corpus/.h", ["corpus/.h/e.jsonl"]),
+        ("corpus/.h/*.jsonl", ["corpus/.h/e.jsonl"]),
         ("corpus/*/*.jsonl", ["corpus/deep/c.jsonl"]),
+        ("corpus/**/*.jsonl", ["corpus/a.jsonl", "corpus/deep/c.jsonl"]),
+        ("corpus/[a-c].*", ["corpus/a.jsonl", "corpus/b.txt"]),
         ("**/[!.]*.jsonl*", ["corpora.jsonl", "corpus/a.jsonl", "corpus/d.jsonl.zst", "corpus/deep/c.jsonl"]),
     ],
 )
 def test_paths_in_a_bucket(bucket: FolderFiles, path: str, expected: list[str]) -> None:
     assert texts(f"s3://name/{path}?endpoint_url=http://x", bucket) == expected
+    # A folder of this machine is read alike.
+    assert sorted(texts(bucket.folder / path)) == sorted(expected)
 
 
 def test_sources_in_a_bucket_that_do_not_serve(bucket: FolderFiles) -> None:

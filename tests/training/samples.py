@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
+from torch import distributed as dist
 from torch import nn
 
 from ot_ray.data import BatchStream, PackedSequence, TokenSpan, pack
@@ -67,30 +69,34 @@ class Dropped(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())}
 
 
-def start_group(work: Callable[..., None], world_size: int, *args: Any) -> list[BaseProcess]:
-    """Start `work(*args)` in `world_size` new processes with the variables that launch sets for a worker."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+@contextmanager
+def started_group(work: Callable[..., None], world_size: int, *args: Any) -> Iterator[list[BaseProcess]]:
+    """`work(*args)` in new processes with the variables that launch sets for a worker; none outlives the context."""
+    # The store at which they meet is this process's, so that no other takes its port before rank 0 is up.
+    store = dist.TCPStore("127.0.0.1", 0, world_size, is_master=True, wait_for_workers=False)
+    spawn = multiprocessing.get_context("spawn")
     processes = [
-        multiprocessing.get_context("spawn").Process(target=_worker, args=(rank, world_size, port, work, args))
-        for rank in range(world_size)
+        spawn.Process(target=_worker, args=(rank, world_size, store.port, work, args)) for rank in range(world_size)
     ]
-    for process in processes:
-        process.start()
-    return processes
+    try:
+        for process in processes:
+            process.start()
+        yield processes
+    finally:
+        for process in processes:
+            if process.pid is not None:
+                process.kill()
+                process.join()
+        del store
 
 
 def run_group(work: Callable[..., None], world_size: int, *args: Any) -> None:
     """Run a group to its end; a worker that fails or hangs fails the test."""
-    processes = start_group(work, world_size, *args)
-    try:
+    deadline = time.monotonic() + PATIENCE
+    with started_group(work, world_size, *args) as processes:
         for process in processes:
-            process.join(PATIENCE)
+            process.join(max(0.0, deadline - time.monotonic()))
         assert [process.exitcode for process in processes] == [0] * world_size
-    finally:
-        for process in processes:
-            process.kill()
 
 
 def _worker(rank: int, world_size: int, port: int, work: Callable[..., None], args: tuple[Any, ...]) -> None:
@@ -101,6 +107,7 @@ def _worker(rank: int, world_size: int, port: int, work: Callable[..., None], ar
         LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
         OMP_NUM_THREADS="1",
     )
     torch.set_num_threads(1)

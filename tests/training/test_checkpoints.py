@@ -8,6 +8,7 @@ import json
 import random
 import shutil
 import threading
+import time
 from pathlib import Path
 from urllib.parse import quote
 
@@ -27,6 +28,8 @@ from tests.training.samples import Dropped, stream, training
 CONFIG = training(steps=8, checkpoint_every=2)
 LONG = 120.0
 """Seconds of patience for what takes far less."""
+A_WHILE = 3.0
+"""Seconds that a test spends whole; a thread that is told to give up does so in far less."""
 
 
 def checkpoints(store, keep=3, patience=LONG, **changes):
@@ -53,6 +56,13 @@ def figures_of(figures):
 
 def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + LONG
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -103,9 +113,14 @@ class Full(LocalStore):
 
 
 class Away(LocalStore):
-    """Takes no file and never answers."""
+    """Takes no file and never answers; `asked` is set once it was asked."""
+
+    def __init__(self, root):
+        super().__init__(root)
+        self.asked = threading.Event()
 
     def upload(self, path, key, progress=None):
+        self.asked.set()
         raise StoreUnavailableError("the store is away")
 
 
@@ -501,10 +516,12 @@ def test_a_fault_of_ours_in_the_background_is_typed(store_folder):
 
 
 def test_closing_does_not_wait_for_a_store_that_stays_away(store_folder):
-    engine, kept = TorchEngine(plain(), CONFIG, device="cpu"), checkpoints(Away(store_folder), patience=3600)
+    store = Away(store_folder)
+    engine, kept = TorchEngine(plain(), CONFIG, device="cpu"), checkpoints(store, patience=3600)
     kept.save(engine, 2, {})
+    assert store.asked.wait(LONG)
     with pytest.raises(StoreUnavailableError, match=r"away; gave up after \d+ s"):
-        kept.close(0.1)
+        kept.close(A_WHILE)
 
 
 def test_closing_does_not_wait_for_ranks_that_never_come(store_folder):
@@ -514,7 +531,9 @@ def test_closing_does_not_wait_for_ranks_that_never_come(store_folder):
             kept._store.abandon()
             kept._start = lambda write, step: None  # as if killed before its first write
         kept.save(engine, 2, {})
-        kept.close(0.1)
+        if engine.rank == 0:
+            wait_for(lambda: any(Path(store_folder).rglob("rank-0.json")))
+        kept.close(A_WHILE)
 
     error, _ = run_ranks(2, CONFIG, work)
     assert isinstance(error, TrainingError) and "is not committed: rank-1.json did not come" in str(error)

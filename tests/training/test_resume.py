@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from tests.training.resuming import KILLED_AT, checkpoints_in, run_to_the_end, run_until_killed, trained
-from tests.training.samples import PATIENCE, run_group, start_group
+from tests.training.samples import PATIENCE, run_group, started_group
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * PATIENCE)]
 
 
 def _figures(history: list[dict[str, float]]) -> list[tuple[float, ...]]:
@@ -20,14 +20,9 @@ def _figures(history: list[dict[str, float]]) -> list[tuple[float, ...]]:
 
 
 def _kill_in_the_middle(world_size: int, *args: object) -> None:
-    processes = start_group(run_until_killed, world_size, *args)
-    try:
+    with started_group(run_until_killed, world_size, *args) as processes:
         processes[0].join(PATIENCE)
         assert processes[0].exitcode == -signal.SIGKILL
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
 
 
 @pytest.mark.parametrize(("writing", "committed"), [(False, [2, 4]), (True, [2])])

@@ -68,7 +68,9 @@ def load(folder: Path) -> None:
         asked.append(2 * (end - start))
         return _read(folder, name, start, end)
 
-    before = _memory("VmRSS")
+    # The peak so far is forgotten, so that it counts from here.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _memory("VmHWM")
     engine = DeepSpeedEngine(module, config, fill)
     growth = _memory("VmHWM") - before
     torch.save(

@@ -15,7 +15,7 @@ def alternatives(training: TrainingConfig, workers: int) -> Iterator[tuple[str, 
     """Changes one at a time, then added up in the same order. None of them changes the losses.
 
     Yields:
-        What is changed, as a person would set it; the settings; and the number of workers.
+        What is changed, as the command line takes it; the settings; and the number of workers.
     """
     for name, changed, count in _single(training, workers):
         yield name, changed, count
@@ -48,7 +48,7 @@ def _single(training: TrainingConfig, workers: int) -> Iterator[Change]:
         yield change
     count = workers * 2
     while count <= min(MOST_WORKERS, training.batch_size):
-        yield f"workers={count}", training, count
+        yield f"workers.count={count}", training, count
         count *= 2
     if (change := _offload_parameters(training, workers)) is not None:
         yield change
@@ -76,7 +76,7 @@ def _offload_optimizer(training: TrainingConfig, workers: int) -> Change | None:
 
 def _most_workers(training: TrainingConfig, workers: int) -> Change | None:
     count = min(MOST_WORKERS, training.batch_size)
-    return None if count <= workers else (f"workers={count}", training, count)
+    return None if count <= workers else (f"workers.count={count}", training, count)
 
 
 def _offload_parameters(training: TrainingConfig, workers: int) -> Change | None:

@@ -1,7 +1,7 @@
 """The machines a plan can be made for: memory, speed and links, with the place each figure is from.
 
-Memory, arithmetic and memory bandwidth are from the vendor's data sheet of the card (dense figures, without
-sparsity; links in one direction). Links between nodes and cards a node are of the usual server."""
+Arithmetic and memory bandwidth are from the vendor's data sheet of the card (dense figures, without sparsity; links
+in one direction); memory is what CUDA reports, below the label's. Links between nodes are of the usual server."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Hardware(Config):
     shared_memory: bool = False
     """Whether the workers of a machine share its memory, as processes on a CPU do."""
     reserve: float = Field(default=0.08, ge=0, lt=1)
-    """Share of the memory that is kept free: CUDA and NCCL themselves, error correction, fragmentation."""
+    """Share of the memory that is kept free: CUDA and NCCL themselves, fragmentation."""
     bf16_flops: float | None = Field(default=None, gt=0)
     """Highest bfloat16 FLOP/s of one device, dense; unset, time is not estimated."""
     fp32_flops: float | None = Field(default=None, gt=0)
@@ -62,7 +62,7 @@ HARDWARE: dict[str, Hardware] = {
     # DGX H200: 8 cards, one 400 Gb/s adapter a card.
     "h200": Hardware(
         name="NVIDIA H200",
-        memory_bytes=141 * GIB,
+        memory_bytes=int(139.8 * GIB),
         bf16_flops=989e12,
         fp32_flops=67e12,
         memory_bandwidth=4.8e12,
@@ -73,7 +73,7 @@ HARDWARE: dict[str, Hardware] = {
     # NVIDIA H100 SXM data sheet: 80 GB, 989 TFLOPS BF16, 67 FP32, 3.35 TB/s, NVLink 900 GB/s; DGX H100 as above.
     "h100": Hardware(
         name="NVIDIA H100",
-        memory_bytes=80 * GIB,
+        memory_bytes=int(79.1 * GIB),
         bf16_flops=989e12,
         fp32_flops=67e12,
         memory_bandwidth=3.35e12,
@@ -81,11 +81,34 @@ HARDWARE: dict[str, Hardware] = {
         link_between_nodes=50e9,
         link_to_host=64e9,
     ),
+    # NVIDIA H100 PCIe data sheet: 80 GB, 756 TFLOPS BF16, 51 FP32, 2 TB/s, PCIe 5 x16; NVLink joins pairs only, so
+    # PCIe counts. Between nodes: 400 Gb/s for two cards are assumed.
+    "h100-pcie": Hardware(
+        name="NVIDIA H100 PCIe",
+        memory_bytes=int(79.1 * GIB),
+        bf16_flops=756e12,
+        fp32_flops=51e12,
+        memory_bandwidth=2e12,
+        link_in_node=64e9,
+        link_between_nodes=25e9,
+        link_to_host=64e9,
+    ),
+    # NVIDIA H100 NVL data sheet: 94 GB, 835 TFLOPS BF16, 60 FP32, 3.9 TB/s; links as above.
+    "h100-nvl": Hardware(
+        name="NVIDIA H100 NVL",
+        memory_bytes=int(93.1 * GIB),
+        bf16_flops=835e12,
+        fp32_flops=60e12,
+        memory_bandwidth=3.9e12,
+        link_in_node=64e9,
+        link_between_nodes=25e9,
+        link_to_host=64e9,
+    ),
     # NVIDIA A100 SXM data sheet: 80 GB, 312 TFLOPS BF16, 19.5 FP32, 2,039 GB/s, NVLink 600 GB/s, PCIe 4.
     # DGX A100: 8 cards, one 200 Gb/s adapter a card.
     "a100-80": Hardware(
         name="NVIDIA A100 80GB",
-        memory_bytes=80 * GIB,
+        memory_bytes=int(79.2 * GIB),
         bf16_flops=312e12,
         fp32_flops=19.5e12,
         memory_bandwidth=2.039e12,
@@ -96,7 +119,7 @@ HARDWARE: dict[str, Hardware] = {
     # The same sheet: 40 GB, 1,555 GB/s.
     "a100-40": Hardware(
         name="NVIDIA A100 40GB",
-        memory_bytes=40 * GIB,
+        memory_bytes=int(39.4 * GIB),
         bf16_flops=312e12,
         fp32_flops=19.5e12,
         memory_bandwidth=1.555e12,
@@ -108,7 +131,7 @@ HARDWARE: dict[str, Hardware] = {
     # Between nodes: 100 Gb/s a card is assumed.
     "l40s": Hardware(
         name="NVIDIA L40S",
-        memory_bytes=48 * GIB,
+        memory_bytes=int(44.4 * GIB),
         bf16_flops=362e12,
         fp32_flops=91.6e12,
         memory_bandwidth=864e9,
@@ -120,7 +143,7 @@ HARDWARE: dict[str, Hardware] = {
     # NVLink joins pairs only, so PCIe counts. Between nodes: 100 Gb/s a machine of 4 cards is assumed.
     "a6000": Hardware(
         name="NVIDIA RTX A6000",
-        memory_bytes=48 * GIB,
+        memory_bytes=int(47.4 * GIB),
         bf16_flops=154.8e12,
         fp32_flops=38.7e12,
         memory_bandwidth=768e9,

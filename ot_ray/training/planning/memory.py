@@ -53,6 +53,10 @@ class Memory:
     """The parts of a step, in their order."""
     host: int
     """In the machine's own memory, for this worker: what is offloaded."""
+    checkpoint: int
+    """In the machine's own memory, for each worker that has one: the copy of a checkpoint while it is written."""
+    writers: int
+    """How many workers have such a copy: without sharding rank 0 alone."""
 
     @property
     def worst(self) -> Moment:
@@ -63,6 +67,10 @@ class Memory:
     def device(self) -> int:
         """What the device must hold, at the worst moment."""
         return self.at(self.worst)
+
+    def machine(self, workers: int) -> int:
+        """What a machine must hold in its own memory for this many workers, rank 0 among them."""
+        return self.host * workers + self.checkpoint * min(self.writers, workers)
 
     def at(self, moment: Moment) -> int:
         """What the device holds at a moment."""
@@ -101,7 +109,10 @@ def memory_of(parts: Parts, training: TrainingConfig, workers: int, activations:
     if training.offload_parameters:
         host += teacher + student
         teacher = student = 0
-    return Memory(teacher, student, optimizer, moments, host)
+    writers = workers if training.zero_stage else 1
+    # The float32 masters and AdamW's two moments.
+    checkpoint = -(-parts.emulator // writers) * 12 if training.checkpoint_every else 0
+    return Memory(teacher, student, optimizer, moments, host, checkpoint, writers)
 
 
 def _optimizer_bytes(parts: Parts, training: TrainingConfig, workers: int) -> int:

@@ -13,11 +13,11 @@ from ot_ray.model import SplitPlan
 from ot_ray.training.config import TrainingConfig
 from ot_ray.training.planning.activations import Activations, activations_of
 from ot_ray.training.planning.alternatives import MOST_WORKERS, alternatives
-from ot_ray.training.planning.hardware import GIB, Hardware
+from ot_ray.training.planning.hardware import Hardware
 from ot_ray.training.planning.memory import Memory, memory_of, passes_of
 from ot_ray.training.planning.parts import Parts, parts_of
 from ot_ray.training.planning.speed import Speed, speed_of
-from ot_ray.training.planning.table import table_of
+from ot_ray.training.planning.table import sized, table_of
 
 Measure = Callable[[TrainingConfig, int], Memory]
 
@@ -67,7 +67,7 @@ class Plan:
                 continue
             memory = self.memory_by(training, workers)
             if _short(memory, self.hardware, workers) is None:
-                return f"it fits with {name} ({memory.device / GIB:.1f} GiB a worker)"
+                return f"it fits with {name} ({sized(memory.device)} a worker)"
         return (
             f"nothing that does not change the losses makes it fit, up to {MOST_WORKERS} workers with all offloaded; "
             "use larger devices, a smaller split.keep or a shorter sequence_length"
@@ -127,18 +127,18 @@ def _short(memory: Memory, hardware: Hardware, workers: int) -> str | None:
     """What does not fit, in words."""
     usable, needed = hardware.usable_bytes(workers), memory.device
     on_node = min(workers, hardware.devices_per_node)
+    host = memory.machine(on_node)
     if hardware.shared_memory:
-        # What is offloaded lies in the same memory.
-        needed += memory.host
+        # What is offloaded, and a checkpoint's copy, lie in the same memory.
+        needed += -(-host // on_node)
     if needed > usable:
         return (
-            f"a worker needs {needed / GIB:.1f} GiB, but {hardware.name} leaves it {usable / GIB:.1f} GiB: "
-            f"{(needed - usable) / GIB:.1f} GiB short"
+            f"a worker needs {sized(needed)}, but {hardware.name} leaves it {sized(usable)}: "
+            f"{sized(needed - usable)} short"
         )
-    host = memory.host * on_node
     if hardware.host_memory_bytes is not None and host > hardware.host_memory_bytes:
         return (
-            f"a machine needs {host / GIB:.1f} GiB of its own memory for what is offloaded, but has "
-            f"{hardware.host_memory_bytes / GIB:.1f} GiB"
+            f"a machine needs {sized(host)} of its own memory for what is offloaded and a checkpoint's copy, but has "
+            f"{sized(hardware.host_memory_bytes)}"
         )
     return None

@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     from ot_ray.training.planning.plan import Plan
 
 _WIDTH = 25
+_MIB = 2**20
+
+
+def sized(count: float) -> str:
+    """Bytes for a person: in GiB, what is less than one in MiB."""
+    return f"{count / GIB:,.2f} GiB" if count >= GIB else f"{count / _MIB:,.2f} MiB"
 
 
 def table_of(plan: Plan) -> str:
@@ -32,7 +38,7 @@ def _run(plan: Plan) -> Iterable[str]:
     ]
     yield _line("settings", ", ".join([training.precision, f"ZeRO {training.zero_stage}", *extras]))
     yield _line("batch", f"{training.batch_size} x {plan.sequence_length} tokens: {passes} x {rows} rows a worker")
-    yield _line("weights to read", f"{plan.stored_bytes / GIB:.2f} GiB " + _readers(plan))
+    yield _line("weights to read", f"{sized(plan.stored_bytes)} " + _readers(plan))
 
 
 def _readers(plan: Plan) -> str:
@@ -56,7 +62,7 @@ def _parts(plan: Plan) -> Iterable[str]:
 
 def _memory(plan: Plan) -> Iterable[str]:
     memory, moments = plan.memory, plan.memory.moments
-    yield _line("Memory of a worker, GiB", "".join(f"{moment.name:>10}" for moment in moments), indent="")
+    yield _line("Memory of a worker", "".join(f"{moment.name:>14}" for moment in moments), indent="")
     for name, sizes in (
         ("teacher's weights", [memory.teacher] * len(moments)),
         ("student's weights", [memory.student] * len(moments)),
@@ -66,20 +72,23 @@ def _memory(plan: Plan) -> Iterable[str]:
         ("buffers", [moment.buffers for moment in moments]),
         ("together", [memory.at(moment) for moment in moments]),
     ):
-        yield _line(name, "".join(f"{size / GIB:>10.2f}" for size in sizes))
-    yield _line("needed", f"{memory.device / GIB:>10.2f}  ({memory.worst.name})")
-    yield _line("usable", f"{plan.usable_bytes / GIB:>10.2f}  ({plan.hardware.reserve:.0%} of the device is kept free)")
+        yield _line(name, "".join(f"{sized(size):>14}" for size in sizes))
+    yield _line("needed", f"{sized(memory.device):>14}  ({memory.worst.name})")
+    yield _line("usable", f"{sized(plan.usable_bytes):>14}  ({plan.hardware.reserve:.0%} of the device is kept free)")
     if memory.host:
-        yield _line("machine's own", f"{memory.host / GIB:>10.2f}  (offloaded)")
+        yield _line("machine's own", f"{sized(memory.host):>14}  (offloaded)")
+    if memory.checkpoint:
+        whose = "every worker's" if memory.writers == plan.workers else "rank 0's alone"
+        yield _line("checkpoint's copy", f"{sized(memory.checkpoint):>14}  (in the machine's own memory, {whose})")
 
 
 def _step(plan: Plan) -> Iterable[str]:
     speed, traffic = plan.speed, plan.speed.traffic
     yield "One step"
     yield _line("arithmetic", f"{speed.flops / 1e12:,.1f} TFLOP over all workers")
-    yield _line("on the wire", f"{traffic.wire / GIB:,.2f} GiB a worker: {_sent(plan)}")
+    yield _line("on the wire", f"{sized(traffic.wire)} a worker: {_sent(plan)}")
     if traffic.host:
-        yield _line("to and from the host", f"{traffic.host / GIB:,.2f} GiB a worker")
+        yield _line("to and from the host", f"{sized(traffic.host)} a worker")
     if speed.tokens_per_s is None or speed.hours is None or speed.compute_s is None or speed.message_s is None:
         yield _line("tokens/s, hours", "unknown: the peak of this hardware is not in the table")
         return
@@ -92,7 +101,7 @@ def _step(plan: Plan) -> Iterable[str]:
 
 def _sent(plan: Plan) -> str:
     traffic = plan.speed.traffic
-    return f"weights {traffic.gathered / GIB:,.2f}, gradients {traffic.reduced / GIB:,.2f}"
+    return f"weights {sized(traffic.gathered)}, gradients {sized(traffic.reduced)}"
 
 
 def _line(name: str, text: str, indent: str = "  ") -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,8 @@ from ot_ray.errors import ConfigError, SplitError
 from ot_ray.model import SplitPlan
 from ot_ray.training import TrainingConfig
 from ot_ray.training.planning import HARDWARE, Hardware, Plan, hardware_of, plan_distillation
+from ot_ray.training.planning.alternatives import alternatives
+from ot_ray.training.planning.table import sized
 from tests.fixtures.models import tiny_model
 
 MIB = 2**20
@@ -121,6 +124,51 @@ def test_the_machine_must_hold_what_is_offloaded() -> None:
     assert plan.memory.optimizer == 0
     small = HARDWARE["h200"].model_copy(update={"host_memory_bytes": plan.memory.host})
     assert "a machine needs" in replace(plan, hardware=small).problems()[0]
+
+
+def test_the_machine_must_hold_a_checkpoint_while_it_is_written() -> None:
+    roomy = [_plan(hardware_of("h100"), workers=2, zero_stage=stage, checkpoint_every=5) for stage in (0, 1)]
+    # Without sharding rank 0 alone has a copy, of all; both then come to the same on a machine.
+    whole = 12 * roomy[0].parts.emulator
+    assert [plan.memory.machine(2) for plan in roomy] == [whole, whole]
+    assert [plan.memory.machine(1) for plan in roomy] == [whole, whole // 2]
+    for plan, whose in zip(roomy, ("rank 0's alone", "every worker's"), strict=True):
+        assert any("checkpoint's copy" in line and whose in line for line in plan.table().splitlines())
+        enough, short = (plan.hardware.model_copy(update={"host_memory_bytes": whole - less}) for less in (0, 1))
+        assert replace(plan, hardware=enough).fits()
+        assert "a checkpoint's copy" in replace(plan, hardware=short).problems()[0]
+    never = _plan(hardware_of("h100"), workers=2)
+    assert never.memory.machine(2) == 0
+    assert "checkpoint's copy" not in never.table()
+
+
+def test_where_memory_is_shared_a_checkpoint_stands_beside_the_rest() -> None:
+    memory = _plan(_device(1 << 40), checkpoint_every=5, activation_checkpointing=True, micro_batch_size=1).memory
+    needed = memory.device + memory.machine(1)
+    for usable, fits in ((needed, True), (needed - 1, False)):
+        shared = _device(usable).model_copy(update={"shared_memory": True})
+        plan = _plan(shared, checkpoint_every=5, activation_checkpointing=True, micro_batch_size=1)
+        assert plan.fits() is fits
+
+
+def test_every_way_out_is_a_setting_of_the_command_line() -> None:
+    for stage in (0, 2):
+        before = _training(zero_stage=stage)
+        for name, changed, workers in alternatives(before, 2):
+            values = {"workers.count": 2, **{f"training.{field}": value for field, value in before}}
+            for setting in name.split(" and "):
+                field, _, value = setting.partition("=")
+                assert field in values
+                values[field] = json.loads(value)
+            assert values.pop("workers.count") == workers
+            assert {field.removeprefix("training."): value for field, value in values.items()} == dict(changed)
+
+
+def test_sizes_are_shown_in_a_unit_that_fits_them() -> None:
+    assert [sized(count) for count in (0, MIB // 2, 2**30 - MIB, 2**30, 5 * 2**40)] == [
+        "0.00 MiB", "0.50 MiB", "1,023.00 MiB", "1.00 GiB", "5,120.00 GiB",
+    ]  # fmt: skip
+    assert " 0.00 GiB" not in _plan(hardware_of("h100")).table()
 
 
 def test_processes_on_one_machine_share_its_memory() -> None:

@@ -22,7 +22,9 @@ from ot_ray.training import DeepSpeedEngine, TrainingConfig
 from ot_ray.training.planning import hardware_of, plan_distillation
 from ot_ray.training.planning.activations import packed_rows
 from ot_ray.training.planning.live_bytes import LiveBytes
-from tests.training.samples import run_group
+from tests.training.samples import PATIENCE, run_group
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * PATIENCE)]
 
 WORKERS, LENGTH, DEPTH = 2, 64, 10
 PLAN = SplitPlan(bottom=1, keep=5, top=1)
@@ -47,12 +49,13 @@ def test_a_plan_foretells_a_live_run(case: int, measured: list[dict[str, float]]
     plan = plan_distillation(_shape(), PLAN, _training(CASES[case]), LENGTH, WORKERS, hardware_of("cpu"), torch.float32)
     # On a CPU, what is offloaded lies beside the rest.
     assert plan.memory.device + plan.memory.host == pytest.approx(measured[case]["bytes"], rel=0.15)
+    assert plan.memory.checkpoint == pytest.approx(measured[case]["saved"], rel=0.001)
     # Beside gradients and weights, ranks exchange norms and figures.
     assert plan.speed.traffic.wire == pytest.approx(measured[case]["sent"], rel=0.01)
 
 
 def _training(case: dict[str, Any]) -> TrainingConfig:
-    return TrainingConfig.model_validate({"steps": 2, "batch_size": 4, **case})
+    return TrainingConfig.model_validate({"steps": 2, "batch_size": 4, "checkpoint_every": 1, **case})
 
 
 def _shape() -> Any:
@@ -86,7 +89,8 @@ def _measure(config: TrainingConfig) -> dict[str, float]:
     messages = _Messages()
     with live, messages:
         engine.step(batch, 1e-4)
-    return {"bytes": live.peak, "sent": messages.sent}
+    saved = sum(piece.tensor.nbytes for piece in engine.pieces())
+    return {"bytes": live.peak, "sent": messages.sent, "saved": saved}
 
 
 class _Messages(TorchDispatchMode):
