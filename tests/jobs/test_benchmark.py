@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,25 +15,18 @@ from jobs.benchmarks.distill import table
 from jobs.benchmarks.shapes import SHAPES
 from ot_ray.model import check_supported
 
+ROOT = Path(__file__).parents[2]
 
-@pytest.fixture
-def run(capsys):
-    """The command in this process; its sides are processes as ever."""
 
-    def command(*arguments):
-        code = 0
-        try:
-            main(["distill", *arguments])
-        except SystemExit as end:
-            code = end.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return command
+def run(*arguments: str) -> tuple[int, str, str]:
+    """The command as a person runs it: what another test's Ray prints is not in its output."""
+    command = [sys.executable, "-m", "jobs.benchmark", "distill", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.mark.slow
-def test_both_sides_have_their_figures_and_equal_losses(run, tmp_path):
+def test_both_sides_have_their_figures_and_equal_losses(tmp_path):
     kept = tmp_path / "found.json"
     code, out, err = run("shapes=[tiny]", "sides=[plain-float32, ours-float32]", "repeats=1", f"output={kept}")
     assert code == 0, err
@@ -51,7 +47,7 @@ def test_both_sides_have_their_figures_and_equal_losses(run, tmp_path):
     assert "tiny 1-2-1, batch 2 x 16 tokens" in err and "x tokens/s" in err
 
 
-def test_a_side_without_a_result_in_time_is_shown_as_such(run):
+def test_a_side_without_a_result_in_time_is_shown_as_such():
     code, out, err = run("shapes=[tiny]", "sides=[plain-float32]", "repeats=2", "timeout_s=0.01")
     assert code == 0, err
     assert json.loads(out)["results"]["tiny"]["sides"] == {"plain-float32": {"failed": "no result after 0.01 s"}}
@@ -76,7 +72,7 @@ def test_every_shape_can_be_split_as_it_says(name):
     assert len(shape.split.middle(config.num_hidden_layers)) >= shape.split.keep
 
 
-def test_an_unknown_shape_or_setting_is_a_message(run):
+def test_an_unknown_shape_or_setting_is_a_message():
     code, _, err = run("shapes=[opt-9b]")
     assert code == 2 and "shapes names 'opt-9b'; use some of: tiny, opt-small" in err
     code, _, err = run("repeat=1")
