@@ -1,7 +1,7 @@
 """The machines a plan can be made for: memory, speed and links, with the place each figure is from.
 
-Arithmetic and memory bandwidth are from the vendor's data sheet of the card (dense figures, without sparsity; links
-in one direction); memory is what CUDA reports, below the label's. Links between nodes are of the usual server."""
+Arithmetic and bandwidth are the figures of the vendors' data sheets (dense, without sparsity; links in one direction),
+memory about what CUDA reports, below the label's. None was checked on a card; links between nodes are assumed."""
 
 from __future__ import annotations
 
