@@ -5,7 +5,7 @@ Letters: B rows, T positions, N positions that are learnt, D hidden width, V voc
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -60,7 +60,7 @@ class LanguageHead(nn.Module):
     is where a sharded weight is whole.
 
     Args:
-        tokens: positions whose logits exist at once, where the head is frozen.
+        tokens: positions whose logits exist at once, learning or not.
     """
 
     def __init__(self, model: PreTrainedModel, tokens: int = HEAD_TOKENS) -> None:
@@ -89,18 +89,16 @@ class LanguageHead(nn.Module):
         if not summed:
             shares = shares / wanted.sum(1, keepdim=True).clamp_min(1) / labels_BT.shape[0]
         hidden_ND, targets_N, shares_N = hidden_BTD[:, :-1][wanted], targets[wanted], shares[wanted]
-        if torch.is_grad_enabled() and (self.weight.requires_grad or _learns(self.bias)):
-            logits = _capped(F.linear(hidden_ND, self.weight, self.bias).float(), self._cap)
-            return (F.cross_entropy(logits, targets_N, reduction="none") * shares_N).sum()
-        learns = torch.is_grad_enabled() and hidden_ND.requires_grad
-        return _FrozenCrossEntropy.apply(
+        parameters = (self.weight,) if self.bias is None else (self.weight, self.bias)
+        learns = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_ND, *parameters))
+        return _ChunkedCrossEntropy.apply(
             hidden_ND, self.weight, self.bias, targets_N, shares_N, self._cap, self._tokens, learns
         )
 
 
-class _FrozenCrossEntropy(torch.autograd.Function):
-    """The sum of ``share * CE``, some positions at a time. As the head is frozen, the gradient by the hidden
-    states is all that backward needs, so forward takes it while a chunk's logits are there."""
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """The sum of ``share * CE``, some positions at a time. Nothing follows the sum but a factor, so forward takes
+    the gradients by the hidden states and by what learns of the head while a chunk's logits are there."""
 
     @staticmethod
     def forward(
@@ -115,37 +113,56 @@ class _FrozenCrossEntropy(torch.autograd.Function):
         learns: bool,
     ) -> torch.Tensor:
         device = hidden_ND.device.type
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else weight_VD.dtype
-        weight_VD = weight_VD.to(dtype)
-        bias_V = bias_V.to(dtype) if bias_V is not None else None
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
+        head = _Head(weight_VD.to(dtype), bias_V.to(dtype) if bias_V is not None else None, cap)
+        by_hidden, by_weight, by_bias = (
+            torch.zeros_like(tensor) if learns and tensor is not None and needed else None
+            for tensor, needed in zip((hidden_ND, weight_VD, bias_V), ctx.needs_input_grad, strict=False)
+        )
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
-        gradient_ND = torch.empty_like(hidden_ND) if learns else None
         with torch.autocast(device, enabled=False):
             for start in range(0, hidden_ND.shape[0], tokens):
                 part = slice(start, start + tokens)
-                hidden, targets, shares = hidden_ND[part].to(dtype), targets_N[part, None], shares_N[part]
-                logits = F.linear(hidden, weight_VD, bias_V)
-                slope = _slope(logits, cap) if learns else None
-                logs = torch.log_softmax(_capped(logits, cap), dim=-1, dtype=torch.float32)
-                del logits
-                total -= (logs.gather(1, targets).squeeze(1) * shares).sum()
-                if gradient_ND is not None:
-                    by_logits = _minus_one(logs.exp_(), targets)
-                    by_logits = by_logits.mul_(slope) if slope is not None else by_logits
-                    gradient_ND[part] = (by_logits.to(dtype) @ weight_VD).mul_(shares[:, None])
-        ctx.save_for_backward(gradient_ND)
+                hidden, shares = hidden_ND[part].to(dtype), shares_N[part]
+                loss, by_logits = head.loss(hidden, targets_N[part, None], shares, learns)
+                total += loss
+                if by_hidden is not None and by_logits is not None:
+                    by_hidden[part] = by_logits @ head.weight_VD
+                if by_weight is not None and by_logits is not None:
+                    by_weight += by_logits.T @ hidden
+                if by_bias is not None and by_logits is not None:
+                    by_bias += by_logits.sum(0)
+        ctx.save_for_backward(by_hidden, by_weight, by_bias)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, by_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        (gradient_ND,) = ctx.saved_tensors
-        return ((gradient_ND * by_total).to(gradient_ND.dtype), *[None] * 7)
+        gradients = (g if g is None else (g * by_total).to(g.dtype) for g in ctx.saved_tensors)
+        return (*gradients, *[None] * 5)
 
 
-def _learns(parameter: torch.Tensor | None) -> bool:
-    return parameter is not None and parameter.requires_grad
+class _Head(NamedTuple):
+    """The head in the type of its products."""
+
+    weight_VD: torch.Tensor
+    bias_V: torch.Tensor | None
+    cap: float | None
+
+    def loss(
+        self, hidden_CD: torch.Tensor, targets_C1: torch.Tensor, shares_C: torch.Tensor, learns: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The weighted loss of one chunk, and its gradient by the logits, [C, V] in the products' type."""
+        logits = F.linear(hidden_CD, self.weight_VD, self.bias_V)
+        slope = _slope(logits, self.cap) if learns else None
+        logs = torch.log_softmax(_capped(logits, self.cap), dim=-1, dtype=torch.float32)
+        del logits
+        loss = -(logs.gather(1, targets_C1).squeeze(1) * shares_C).sum()
+        if not learns:
+            return loss, None
+        by_logits = _minus_one(logs.exp_(), targets_C1)
+        by_logits = by_logits.mul_(slope) if slope is not None else by_logits
+        return loss, by_logits.mul_(shares_C[:, None]).to(hidden_CD.dtype)
 
 
 def _capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:

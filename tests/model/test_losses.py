@@ -47,13 +47,14 @@ def test_loss_and_gradient_are_those_of_the_models_own_logits(family_model, chun
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_a_head_that_learns_gets_autograds_gradient(family_model):
+@pytest.mark.parametrize("chunk", [5, 1000])
+def test_a_head_that_learns_gets_autograds_gradient(family_model, chunk):
     ids = tokens(3, 12)
     expected = _by_row(family_model(ids, use_cache=False).logits, _labels(ids)).mean()
     expected.backward()
     expected_gradients = {n: p.grad.clone() for n, p in family_model.named_parameters() if p.grad is not None}
     family_model.zero_grad(set_to_none=True)
-    loss = LanguageHead(family_model)(body_output(family_model, ids, None), _labels(ids))
+    loss = LanguageHead(family_model, chunk)(body_output(family_model, ids, None), _labels(ids))
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     ours = {n: p.grad for n, p in family_model.named_parameters() if p.grad is not None}
@@ -104,9 +105,10 @@ class _Largest(TorchDispatchMode):
         return out
 
 
-def test_no_more_logits_exist_at_once_than_asked_for():
-    model, ids = tiny_model("llama").requires_grad_(False), tokens(4, 60)
-    hidden = body_output(model, ids, None).requires_grad_()
+@pytest.mark.parametrize("learns", [False, True])
+def test_no_more_logits_exist_at_once_than_asked_for(learns):
+    model, ids = tiny_model("llama").requires_grad_(learns), tokens(4, 60)
+    hidden = body_output(model, ids, None).detach().requires_grad_()
     with _Largest() as seen:
         LanguageHead(model, 16)(hidden, ids).backward()
     # The hidden states themselves, 4 * 60 * 32, are larger than a chunk's logits and far smaller than all.
@@ -131,6 +133,17 @@ def test_in_bfloat16_autocast_the_head_is_as_near_as_the_plain_one():
         return ((gradient - exact_hidden.grad).norm() / exact_hidden.grad.norm()).item()
 
     assert distance(hidden.grad) <= 1.5 * distance(plain_hidden.grad) < 0.05
+
+
+def test_a_bias_of_the_head_learns_too():
+    ids = tokens(2, 9)
+    model = tiny_model("llama")
+    model.lm_head.bias = torch.nn.Parameter(torch.linspace(-1, 1, VOCAB))
+    hidden = body_output(model, ids, None).detach()
+    logits = model.lm_head(hidden)[:, :-1].flatten(0, 1)
+    (expected,) = torch.autograd.grad(F.cross_entropy(logits, ids[:, 1:].flatten()), model.lm_head.bias)
+    (found,) = torch.autograd.grad(LanguageHead(model, 3)(hidden, ids), model.lm_head.bias)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
 
 
 def test_padding_does_not_count():
