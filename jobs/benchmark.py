@@ -9,12 +9,13 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jobs.benchmarks import distill
+from jobs.benchmarks import distill, efficiency
 from jobs.command import run_command
 from ot_ray.config import Config
 
 BENCHMARKS: dict[str, tuple[type[Config], Callable[[Any], dict[str, Any]]]] = {
     "distill": (distill.DistillBenchmark, distill.run),
+    "efficiency": (efficiency.EfficiencyBenchmark, efficiency.run),
 }
 
 

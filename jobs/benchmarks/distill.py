@@ -4,12 +4,7 @@ Each side runs in processes of its own, in turns; what happens in one is in dist
 
 from __future__ import annotations
 
-import json
-import platform
-import statistics
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,13 +12,12 @@ from pydantic import Field
 
 from jobs.benchmarks.distill_side import Side, SideConfig
 from jobs.benchmarks.shapes import Shape, shape_of
+from jobs.benchmarks.sides import GIB, keep, machine, middle, require_device, run_side
 from ot_ray.config import Config
-from ot_ray.errors import ConfigError
 from ot_ray.model import DistillOptions
 from ot_ray.training import TrainingConfig
 from ot_ray.training.planning import hardware_of, plan_distillation
 
-GIB = 2**30
 PAIRS = [
     ("plain-float32", "ours-float32"),
     ("plain-bfloat16", "ours-bfloat16"),
@@ -36,7 +30,7 @@ class DistillBenchmark(Config):
     """Which shapes are distilled, how, and how often that is measured."""
 
     shapes: list[str] = Field(default=["opt-small"], min_length=1)
-    """Names of jobs/benchmarks/shapes.py: opt-small, opt-1.3b, opt-6.7b, bloom-7.1b, llama-7b."""
+    """Names of jobs/benchmarks/shapes.py: opt-small, gpt2-xl, opt-1.3b, opt-6.7b, bloom-7.1b, llama-7b."""
     sides: list[Side] = Field(default=list(get_args(Side)), min_length=1)
     """What runs: the plain way or ours, with matrix products in float32 or bfloat16."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -65,15 +59,11 @@ class DistillBenchmark(Config):
 
 def run(config: DistillBenchmark) -> dict[str, Any]:
     """Distil random models of published shapes the plain way and in one pass, side by side."""
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is 'cuda', but PyTorch sees no GPU here; use device=cpu")
+    require_device(config.device)
     shapes = {name: _sized(shape_of(name), config) for name in config.shapes}
     results = {name: _compare(shape, config) for name, shape in shapes.items()}
     print(table(results), file=sys.stderr)
-    found = {"benchmark": "distill", "machine": _machine(config.device), "results": results}
-    if config.output is not None:
-        Path(config.output).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    return found
+    return keep({"benchmark": "distill", "machine": machine(config.device), "results": results}, config.output)
 
 
 def _sized(shape: Shape, config: DistillBenchmark) -> Shape:
@@ -86,7 +76,8 @@ def _compare(shape: Shape, config: DistillBenchmark) -> dict[str, Any]:
     for _ in range(config.repeats):
         for side in config.sides:
             runs[side].append(_run_side(side, shape, config))
-    sides = {side: _middle(found) for side, found in runs.items()}
+    names = ("tokens_per_s", "flops_per_s", "mfu", "peak_bytes")
+    sides = {side: middle(found, names) for side, found in runs.items()}
     return {
         "split": str(shape.split),
         "batch_size": shape.batch_size,
@@ -122,25 +113,7 @@ def _run_side(side: Side, shape: Shape, config: DistillBenchmark) -> dict[str, A
         options=config.options,
         micro_batch_size=config.micro_batch_size,
     )
-    command = [sys.executable, "-m", "jobs.benchmarks.distill_side", given.model_dump_json()]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=config.timeout_s)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"no result after {config.timeout_s:g} s"}
-    if done.returncode:
-        # A side that does not fit the device is a result too.
-        return {"failed": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]}
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def _middle(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The median of several runs of one side; the losses of the first, which all runs share."""
-    failed = next((run for run in runs if "failed" in run), None)
-    if failed is not None:
-        return failed
-    names = ("tokens_per_s", "flops_per_s", "mfu", "peak_bytes")
-    medians = {n: statistics.median([run[n] for run in runs]) if runs[0][n] is not None else None for n in names}
-    return {**medians, "tokens_per_s_runs": [run["tokens_per_s"] for run in runs], "losses": runs[0]["losses"]}
+    return run_side("jobs.benchmarks.distill_side", given, config.timeout_s)
 
 
 def _against(plain: str, ours: str, sides: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -188,12 +161,3 @@ def _ratios(found: dict[str, Any]) -> str:
         f"{found['speed']:.2f} x tokens/s, {found['memory']:.2f} x memory, "
         f"losses differ by {found['loss_difference']:.1e} at most"
     )
-
-
-def _machine(device: str) -> dict[str, Any]:
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }

@@ -5,20 +5,16 @@ Which sides run when, and the comparison, are distill.py's."""
 from __future__ import annotations
 
 import json
-import resource
 import sys
-import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 import torch
 from pydantic import Field
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from jobs.benchmarks.shapes import Shape
+from jobs.benchmarks.sides import now, peak_bytes, random_batches, random_model, resident_bytes
 from ot_ray.config import Config
 from ot_ray.model import DistillLoss, DistillModel, DistillOptions, depth_of, emulate, uniform_layers
 from ot_ray.model.families import layers_of
@@ -61,37 +57,30 @@ def measure(config: SideConfig) -> dict[str, Any]:
         every step, those before the clock started among them.
     """
     device = torch.device(config.device)
-    before = psutil.Process().memory_info().rss
+    before = resident_bytes()
     step = (_ours if config.side.startswith("ours") else _plain)(config, device)
-    batches = _batches(config, device)
-    losses = [step(batch) for batch in batches[: config.warmup]]
-    start = _now(device)
-    losses += [step(batch) for batch in batches[config.warmup :]]
-    seconds = _now(device) - start
     shape = config.shape
+    vocabulary = shape.config().vocab_size
+    batches = random_batches(vocabulary, shape.batch_size, shape.sequence_length, config.warmup + config.steps, device)
+    losses = [step(batch) for batch in batches[: config.warmup]]
+    start = now(device)
+    losses += [step(batch) for batch in batches[config.warmup :]]
+    seconds = now(device) - start
     flops = step_flops(shape.config(), shape.split, shape.batch_size, shape.sequence_length)
     peak = peak_flops(device, config.precision)
     return {
         "tokens_per_s": shape.batch_size * shape.sequence_length * config.steps / seconds,
         "flops_per_s": flops * config.steps / seconds,
         "mfu": flops * config.steps / seconds / peak if peak else None,
-        "peak_bytes": _peak_bytes(device, before),
+        "peak_bytes": peak_bytes(device, before),
         "losses": losses,
     }
-
-
-def _model(config: SideConfig) -> PreTrainedModel:
-    """The full model with random weights, the same on every side: bfloat16 values, in the side's own type."""
-    torch.manual_seed(0)
-    with torch.device(config.device):
-        model = AutoModelForCausalLM.from_config(config.shape.config(), dtype=torch.bfloat16)
-    return model.eval().requires_grad_(False)
 
 
 def _plain(config: SideConfig, device: torch.device) -> Step:
     """Full model and emulated copy as two Transformers models, each forwarded by itself, and torch AdamW."""
     plan = config.shape.split
-    teacher = _model(config).float()
+    teacher = random_model(config.shape.config(), device).float()
     middle = plan.middle(depth_of(teacher))
     student = emulate(teacher, plan, uniform_layers(len(middle), plan.keep))
     emulator = layers_of(student)[plan.bottom : plan.bottom + plan.keep].requires_grad_(True)
@@ -121,7 +110,7 @@ def _plain(config: SideConfig, device: torch.device) -> Step:
 def _ours(config: SideConfig, device: torch.device) -> Step:
     """The one pass, with the frozen weights in the type that the products take, under our engine."""
     shape, plan = config.shape, config.shape.split
-    model = _model(config)
+    model = random_model(config.shape.config(), device)
     kept = uniform_layers(len(plan.middle(depth_of(model))), plan.keep)
     module = DistillModel(model, plan, kept, DistillLoss(), config.options).train()
     training = TrainingConfig(
@@ -137,39 +126,6 @@ def _ours(config: SideConfig, device: torch.device) -> Step:
         return {name: figures[name] for name in ("loss", "lm_loss", "kd_loss")}
 
     return step
-
-
-def _batches(config: SideConfig, device: torch.device) -> list[dict[str, torch.Tensor]]:
-    """Random tokens as the packer hands them over: one document a sequence, all of it learnt."""
-    size = (config.shape.batch_size, config.shape.sequence_length)
-    generator = torch.Generator().manual_seed(1)
-    vocabulary = config.shape.config().vocab_size
-    positions = torch.arange(size[1]).expand(size).contiguous()
-    real = torch.ones(size, dtype=torch.bool)
-    batches = []
-    for _ in range(config.warmup + config.steps):
-        ids = torch.randint(vocabulary, size, generator=generator)
-        batches.append({"input_ids": ids, "labels": ids, "position_ids": positions, "real": real})
-    return [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def _peak_bytes(device: torch.device, before: int) -> int:
-    """On a GPU what the allocator held at most; on a CPU the growth of the process since `before`."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():
-        # What getrusage says of a child counts its parent's peak as well.
-        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(peak.split()[1]) * 1024 - before
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before
 
 
 if __name__ == "__main__":

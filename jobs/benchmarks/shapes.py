@@ -49,6 +49,15 @@ def _opt(width: int, depth: int, heads: int, vocabulary: int = 50272) -> dict[st
     }
 
 
+_GPT2_XL = {
+    "n_embd": 1600,
+    "n_layer": 48,
+    "n_head": 25,
+    "n_positions": 1024,
+    "attn_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "resid_pdrop": 0.0,
+}
 _BLOOM_7B = {"hidden_size": 4096, "n_layer": 30, "n_head": 32, "vocab_size": 250880}
 _LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 
@@ -58,6 +67,9 @@ SHAPES: dict[str, Shape] = {
     ),
     "opt-small": Shape(
         model_type="opt", values=_opt(512, 12, 8), split=_split(2, 4, 2), batch_size=8, sequence_length=256
+    ),
+    "gpt2-xl": Shape(
+        model_type="gpt2", values=_GPT2_XL, split=_split(2, 16, 2), batch_size=16, sequence_length=512
     ),
     "opt-1.3b": Shape(
         model_type="opt", values=_opt(2048, 24, 32), split=_split(2, 8, 2), batch_size=16, sequence_length=512

@@ -132,14 +132,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     by_weight += by_logits.T @ hidden
                 if by_bias is not None and by_logits is not None:
                     by_bias += by_logits.sum(0)
-        ctx.save_for_backward(by_hidden, by_weight, by_bias)
+        # Not saved as tensors of the graph: backward scales them where they are, as a copy of the head would be large.
+        ctx.gradients = by_hidden, by_weight, by_bias
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, by_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        gradients = (g if g is None else (g * by_total).to(g.dtype) for g in ctx.saved_tensors)
-        return (*gradients, *[None] * 5)
+        gradients, ctx.gradients = ctx.gradients, None
+        assert gradients is not None, "the graph of this loss has been walked before"
+        return (*(g if g is None else g.mul_(by_total) for g in gradients), *[None] * 5)
 
 
 class _Head(NamedTuple):
