@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
 from ot_ray.model.distill import body_output
+from ot_ray.model.families import layers_of
 from ot_ray.model.losses import LanguageHead
 
 
@@ -35,3 +39,22 @@ class LanguageModel(nn.Module):
             float32 scalar.
         """
         return {"loss": self.head(body_output(self.model, input_ids, position_ids), labels)}
+
+
+@contextmanager
+def compiled_layers(model: PreTrainedModel | PeftModel, wanted: bool = True) -> Iterator[None]:
+    """Run the transformer layers of a model through `torch.compile` for a while, each by itself.
+
+    Args:
+        wanted: False leaves them as they are.
+    """
+    inner: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[assignment]
+    layers = list(layers_of(inner)) if wanted else []
+    for layer in layers:
+        layer.compile(dynamic=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            # What was compiled holds on to the graph of its shapes, and keeps a model from being copied.
+            layer._compiled_call_impl = None

@@ -127,7 +127,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 loss, by_logits = head.loss(hidden, targets_N[part, None], shares, learns)
                 total += loss
                 if by_hidden is not None and by_logits is not None:
-                    by_hidden[part] = by_logits @ head.weight_VD
+                    by_hidden[part] = by_logits @ head.weight
                 if by_weight is not None and by_logits is not None:
                     by_weight += by_logits.T @ hidden
                 if by_bias is not None and by_logits is not None:
@@ -147,15 +147,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 class _Head(NamedTuple):
     """The head in the type of its products."""
 
-    weight_VD: torch.Tensor
-    bias_V: torch.Tensor | None
+    weight: torch.Tensor
+    bias: torch.Tensor | None
     cap: float | None
 
     def loss(
         self, hidden_CD: torch.Tensor, targets_C1: torch.Tensor, shares_C: torch.Tensor, learns: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The weighted loss of one chunk, and its gradient by the logits, [C, V] in the products' type."""
-        logits = F.linear(hidden_CD, self.weight_VD, self.bias_V)
+        logits = F.linear(hidden_CD, self.weight, self.bias)
         slope = _slope(logits, self.cap) if learns else None
         logs = torch.log_softmax(_capped(logits, self.cap), dim=-1, dtype=torch.float32)
         del logits

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
+from torch._inductor import config as inductor_config
 
 from ot_ray.evaluation import mean_loss
-from ot_ray.model import LoraSettings, SplitPlan, prepare_tuning
+from ot_ray.model import METHODS, LoraSettings, SplitPlan, prepare_tuning
 from ot_ray.training import fit
 from tests.fixtures.models import tiny_model
 from tests.training.samples import sequences, training
@@ -14,7 +16,7 @@ from tests.training.samples import sequences, training
 PLAN = SplitPlan(bottom=1, keep=1, top=1)
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fit_lowers_the_loss_and_keeps_types_and_frozen_weights(method, precision, dtype):
@@ -32,3 +34,21 @@ def test_fit_lowers_the_loss_and_keeps_types_and_frozen_weights(method, precisio
     middle = {name: p for name, p in before.items() if ".layers.1." in name or "embed" in name or "lm_head" in name}
     after = {name.replace("base_model.model.", ""): p for name, p in tuned.named_parameters()}
     assert middle and all(torch.equal(after[name], tensor) for name, tensor in middle.items())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_fit_compiles_the_layers_where_it_is_asked_to_and_leaves_none_compiled():
+    losses = []
+    counters.clear()
+    # Compiling in this process leaves no pool of compilers behind.
+    with inductor_config.patch(compile_threads=1):
+        for compiled in (False, True):
+            model = prepare_tuning(tiny_model("opt", depth=3), PLAN, "lora", LoraSettings(rank=4))
+            config = training(steps=3, batch_size=2, lr=1e-2, warmup_steps=0, compile=compiled)
+            result = fit(model, sequences(), config)
+            losses.append([figures["loss"] for figures in result.history])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert counters["stats"]["calls_captured"] > 0, "nothing was compiled"
+    assert all(module._compiled_call_impl is None for module in model.modules())
+    torch._dynamo.reset()
