@@ -126,19 +126,24 @@ def _explain(cls: type[BaseModel], item: Any, where: str, origins: Mapping[str, 
     field = ".".join(location)
     where = origins.get(field, where)
     if item["type"] == "extra_forbidden":
-        owner = _class_at(cls, location[:-1])
+        owner = _class_at(cls, [part for part in location[:-1] if not part.isdigit()])
         valid = list(owner.model_fields) if owner else []
-        near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(valid)}"
-        return f"{where}: unknown key {field}; {hint}"
+        return f"{where}: unknown key {field}" + (_near(location[-1], valid) or f"; valid keys: {', '.join(valid)}")
     if item["type"] == "missing":
         return f"{where}: {field} is required; set {field}=..."
     message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "literal_error":
+        message += _near(item["input"], re.findall(r"'([^']*)'", item["ctx"]["expected"]))
     if item["type"] == "string_type" and isinstance(item["input"], bool | int | float):
         message += "; put it in quotes"
     # A rule between the fields of a section names them itself; the section's whole text would bury it.
     value = "" if isinstance(item["input"], Mapping) else f" is {item['input']!r}"
     return f"{where}: {field}{value}: {message}" if field else f"{where}: {message}"
+
+
+def _near(value: Any, valid: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(value), list(valid), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _is_text(owner: type[BaseModel], field: str) -> bool:

@@ -104,6 +104,7 @@ def test_configurations_are_frozen() -> None:
         (["name=a", "section.rates.lr=0"], "section.rates.lr is 0: Input should be greater than 0"),
         (["name=a", "section.rates.lr=.inf"], "section.rates.lr is inf: "),
         (["name=a", "section.rates.kind=square"], "section.rates.kind is 'square': Input should be 'cosine' or 'lin"),
+        (["name=a", "section.rates.kind=cosin"], "'cosine' or 'linear'; did you mean cosine?"),
         (["name=a", "section.rates.steps=13"], "section.rates: steps is 13; use a luckier number"),
         (["name=a", "section=3"], "section is 3: Input should be a valid dictionary or instance of Section"),
         (["name=a", "section=3", "section.folder=x"], "'section.folder=x': section is 3, not a section that holds"),

@@ -6,16 +6,18 @@ good one is left to evaluation."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from pydantic import Field
 from safetensors.torch import load_file
 
-from ot_ray.artifacts.adapter import ADAPTER_FILES, short_name
+from ot_ray.artifacts.adapter import ADAPTER_FILES
+from ot_ray.artifacts.adapter_tensors import Shapes, like, plain_shapes, short_name
 from ot_ray.artifacts.checkpoint import DTYPES
 from ot_ray.artifacts.folder import check_files, list_files
+from ot_ray.artifacts.head import HEAD_WEIGHTS, head_files, head_shapes, head_state, wrong_classes
 from ot_ray.artifacts.lora import (
     LORA_CONFIG,
     LoraAdapterConfig,
@@ -28,6 +30,7 @@ from ot_ray.artifacts.safetensors_header import HeaderTensor, read_header
 from ot_ray.artifacts.strict_json import read_json
 from ot_ray.config import Config
 from ot_ray.errors import AdapterRejectedError, ArtifactError
+from ot_ray.model.head import is_head
 
 _TORCH = {text: dtype for dtype, text in DTYPES.items()}
 _MOST_REASONS = 20  # of one kind; a file of a million wrong names must not make a message of a million lines
@@ -40,6 +43,10 @@ class InspectionLimits(Config):
     """All files together, bytes."""
     max_rank: int = Field(default=256, ge=1)
     """Rank of LoRA updates."""
+    max_bottleneck: int = Field(default=1024, ge=1)
+    """Width of bottlenecks."""
+    max_classes: int = Field(default=25_000, ge=2)
+    """Classes of an image model's head."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ class InspectedAdapter:
     bundle: BundleManifest
     tensors: dict[str, torch.Tensor]
     lora: LoraAdapterConfig | None
+    head: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def inspect_adapter(
@@ -75,7 +83,9 @@ def plain_state(adapter: InspectedAdapter, original: Mapping[str, torch.Tensor])
         original: the untuned adapter, as `adapter_state` gives it for the full or the emulated model.
 
     Returns:
-        Tensors named as in `original` and of the same shapes and dtypes.
+        Tensors named as in `original` and of the same shapes and dtypes; for method `bottleneck` the bottlenecks'
+        beside them, each of the dtype of its linear map. A head is the customer's, of as many classes as the
+        adapter's manifest names.
 
     Raises:
         AdapterRejectedError: a value does not fit the dtype of `original`, or merging overflows.
@@ -83,18 +93,18 @@ def plain_state(adapter: InspectedAdapter, original: Mapping[str, torch.Tensor])
     """
     bundle = adapter.bundle
     names = {short_name(bundle, entry.name): entry for entry in bundle.adapter}
-    if {name: tuple(tensor.shape) for name, tensor in original.items()} != {
+    heads = {name: tensor for name, tensor in original.items() if is_head(name)}
+    if {name: tuple(tensor.shape) for name, tensor in original.items() if name not in heads} != {
         name: entry.shape for name, entry in names.items()
-    }:
+    } or bool(heads) != bool(bundle.head):
         raise ArtifactError(
             f"`original` is not the adapter of bundle {bundle.bundle_id} (plan {bundle.plan}); pass "
             "adapter_state of the model that the bundle was made from"
         )
-    tensors = adapter.tensors
-    if adapter.lora is not None:
-        untuned = {entry.name: original[name] for name, entry in names.items()}
-        tensors = merge(adapter.lora, bundle, tensors, untuned)
-    state = {name: tensors[entry.name].to(original[name]) for name, entry in names.items()}
+    untuned = {entry.name: original[name] for name, entry in names.items()}
+    state = _fitted(adapter, untuned)
+    if adapter.head:
+        state |= head_state(bundle, adapter.head, next(iter(heads.values())))
     broken = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise AdapterRejectedError(
@@ -102,6 +112,16 @@ def plain_state(adapter: InspectedAdapter, original: Mapping[str, torch.Tensor])
             + ", ".join(broken[:_MOST_REASONS])
         )
     return state
+
+
+def _fitted(adapter: InspectedAdapter, untuned: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The whole adapter under short names, in memory of its own, given the untuned one under the bundle's names."""
+    bundle = adapter.bundle
+    tuned = adapter.tensors if adapter.lora is None else merge(adapter.lora, bundle, adapter.tensors, untuned)
+    return {
+        short_name(bundle, name): tensor.detach().to(untuned[like(name)], copy=True)
+        for name, tensor in {**untuned, **tuned}.items()
+    }
 
 
 class _Inspection:
@@ -122,10 +142,15 @@ class _Inspection:
         header = self._header(weights)
         if header is None or (manifest.method == "lora" and config is None):
             return None
-        self._compare(header, self._expected(config))
+        expected = self._expected(manifest, config)
+        if expected is None:
+            return None
+        self._compare(header, expected)
+        self._compare_head(manifest)
         if self.reasons:
             return None
-        return InspectedAdapter(manifest, self._bundle, self._load(weights), config)
+        head = self._load(HEAD_WEIGHTS) if self._bundle.head else {}
+        return InspectedAdapter(manifest, self._bundle, self._load(weights), config, head)
 
     def _small_and_plain(self) -> bool:
         names, problems = list_files(self._folder)
@@ -160,10 +185,21 @@ class _Inspection:
             )
         if manifest.method not in bundle.methods:
             yield f"{MANIFEST}: method is {manifest.method!r}; the bundle takes {', '.join(bundle.methods)}"
-        wanted = ADAPTER_FILES[manifest.method]
+        yield from self._wrong_size(manifest)
+        yield from wrong_classes(manifest, bundle, self._limits.max_classes)
+        wanted = (*ADAPTER_FILES[manifest.method], *head_files(bundle))
         if set(manifest.files) != set(wanted):
             listed = ", ".join(sorted(manifest.files)) or "nothing"
             yield f"{MANIFEST}: files lists {listed}; the files of {manifest.method} are {', '.join(wanted)}"
+
+    def _wrong_size(self, manifest: AdapterManifest) -> Iterator[str]:
+        size, most = manifest.bottleneck, self._limits.max_bottleneck
+        if manifest.method != "bottleneck" and size is not None:
+            yield f"{MANIFEST}: bottleneck is {size}, but method is {manifest.method!r}, which has none; leave it out"
+        elif manifest.method == "bottleneck" and size is None:
+            yield f"{MANIFEST}: bottleneck is missing; write the adapter with write_adapter"
+        elif size is not None and size > most:
+            yield f"{MANIFEST}: bottleneck is {size}; use at most {most}"
 
     def _lora_config(self) -> LoraAdapterConfig | None:
         path = self._folder / LORA_CONFIG
@@ -187,10 +223,12 @@ class _Inspection:
             self._refuse([str(error)])
             return None
 
-    def _expected(self, config: LoraAdapterConfig | None) -> dict[str, tuple[int, ...]]:
+    def _expected(self, manifest: AdapterManifest, config: LoraAdapterConfig | None) -> Shapes | None:
         if config is not None:
             return lora_shapes(config, self._bundle)
-        return {entry.name: entry.shape for entry in self._bundle.adapter}
+        if (manifest.method == "bottleneck") != (manifest.bottleneck is not None):
+            return None
+        return plain_shapes(manifest.method, self._bundle, manifest.bottleneck)
 
     def _compare(self, header: dict[str, HeaderTensor], expected: dict[str, tuple[int, ...]]) -> None:
         self._refuse(f"tensor {name} is missing" for name in sorted(expected.keys() - header.keys()))
@@ -206,6 +244,12 @@ class _Inspection:
             for name in both
             if header[name].dtype not in _TORCH
         )
+
+    def _compare_head(self, manifest: AdapterManifest) -> None:
+        if self._bundle.head and manifest.classes is not None:
+            header = self._header(HEAD_WEIGHTS)
+            if header is not None:
+                self._compare(header, head_shapes(self._bundle, len(manifest.classes)))
 
     def _load(self, weights: str) -> dict[str, torch.Tensor]:
         # Copies, so that nothing that happens to the file later reaches what was inspected.

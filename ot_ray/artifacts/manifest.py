@@ -14,6 +14,7 @@ from pydantic import AfterValidator, AwareDatetime, Field
 
 from ot_ray.config import Config
 from ot_ray.model import Method, SplitPlan
+from ot_ray.model.head import MOST_CHARACTERS, sound_class
 
 MANIFEST = "manifest.json"
 SIGNATURE = "model.sig"
@@ -40,6 +41,12 @@ def _data_file(name: str) -> str:
     return name
 
 
+def _class(name: str) -> str:
+    if not sound_class(name):
+        raise ValueError(f"use 1 to {MOST_CHARACTERS} characters that are printed, without blanks at the ends")
+    return name
+
+
 Name = Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]
 BundleId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,142}$")]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -48,6 +55,7 @@ FileName = Annotated[
     Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*){0,3}$", max_length=200),
     AfterValidator(_data_file),
 ]
+ClassName = Annotated[str, AfterValidator(_class)]
 Dtype = Literal["F32", "F16", "BF16"]
 
 
@@ -88,6 +96,8 @@ class BundleManifest(Config):
     """Layers of the emulated model: positions in the bundle, never in the full model."""
     adapter: tuple[TensorEntry, ...]
     """Every tensor of the adapter layers, sorted by name."""
+    head: tuple[TensorEntry, ...] = ()
+    """The classification head of an image model, which belongs to the adapter; it may return with other classes."""
     files: dict[FileName, FileEntry]
     """Every file but this one and the signature."""
     methods: tuple[Method, ...]
@@ -115,6 +125,10 @@ class AdapterManifest(Config):
     """Its version."""
     method: Method
     """How it was tuned."""
+    bottleneck: int | None = Field(default=None, ge=1)
+    """Width of the bottlenecks of method `bottleneck`; None with every other."""
+    classes: tuple[ClassName, ...] | None = None
+    """What an image model tells apart, in the order of the head's rows; None for a language model."""
     files: dict[FileName, FileEntry]
     """Every file but this one."""
     steps: int = Field(ge=0)

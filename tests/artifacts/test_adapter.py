@@ -21,8 +21,11 @@ def test_what_comes_back_plugs_in_as_what_was_tuned(family: Sample, tmp_path: Pa
     original = adapter_state(family.full, PLAN)
     state = plain_state(inspect_adapter(folder, family.bundle.manifest), original)
     direct = merged_adapter_state(tuned, PLAN)  # type: ignore[arg-type]
-    assert state.keys() == direct.keys() == original.keys()
-    assert any(not torch.equal(state[name], original[name]) for name in state)
+    new = {name for name in state if ".bottleneck." in name}
+    # Two bottlenecks of four tensors in each of the two adapter layers.
+    assert len(new) == (16 if method == "bottleneck" else 0)
+    assert state.keys() == direct.keys() == original.keys() | new
+    assert new or any(not torch.equal(state[name], original[name]) for name in state)
     for name in state:
         assert torch.equal(state[name], direct[name]), name
     with torch.no_grad():
@@ -78,8 +81,15 @@ def test_what_cannot_return_is_not_written(opt: Sample, tmp_path: Path) -> None:
         write(tmp_path / "a", lora, opt)
     with pytest.raises(ArtifactError, match="use prepare_tuning"):
         write(tmp_path / "a", full, opt, method="lora")
-    with pytest.raises(ArtifactError, match="method is 'bitfit'"):
+    with pytest.raises(ArtifactError, match="method is 'ia3'"):
+        write(tmp_path / "a", full, opt, method="ia3")
+    with pytest.raises(ArtifactError, match=r"has gradients, but method 'bitfit' does not tune it.*left behind"):
         write(tmp_path / "a", full, opt, method="bitfit")
+    with pytest.raises(ArtifactError, match=r"no bottleneck behind model\.decoder\.layers\.0\.self_attn\.out_proj"):
+        write(tmp_path / "a", full, opt, method="bottleneck")
+    for method in ("full", "bitfit"):
+        with pytest.raises(ArtifactError, match="are not those of bundle"):
+            write(tmp_path / "a", tuned_model(opt, "bottleneck"), opt, method=method)
     with pytest.raises(ArtifactError, match=r"has 11 layers, bundle .* has 4"):
         write(tmp_path / "a", opt.full, opt)
     with pytest.raises(ArtifactError, match="steps is -1"):

@@ -10,16 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ot_ray.artifacts import AdapterManifest, InspectionLimits, inspect_adapter, plain_state
 from ot_ray.artifacts.folder import describe_files
-from ot_ray.artifacts.manifest import to_text
 from ot_ray.errors import AdapterRejectedError, ArtifactError, NotFoundError
-from ot_ray.model import adapter_state
+from ot_ray.model import METHODS, adapter_state
+from tests.artifacts.hostile import Change, change_config, change_tensors, put, rejection, relist, spoil
 from tests.artifacts.samples import PLAN, Sample, flip, returned
 
-Change = Callable[[dict[str, torch.Tensor]], None]
 FULL = "model.decoder.layers.0.fc1.weight"
 LORA = "base_model.model.model.decoder.layers.0.fc1.lora_A.weight"
 
@@ -28,7 +27,7 @@ LORA = "base_model.model.model.decoder.layers.0.fc1.lora_A.weight"
 def sent(sample: Callable[[str], Sample], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One adapter of each method, which tests copy."""
     place = tmp_path_factory.mktemp("sent")
-    for method in ("full", "lora"):
+    for method in METHODS:
         returned(sample("opt"), place / method, method)
     return place
 
@@ -43,50 +42,12 @@ def lora(sent: Path, tmp_path: Path) -> Path:
     return shutil.copytree(sent / "lora", tmp_path / "lora")
 
 
-def relist(folder: Path, **changes: Any) -> None:
-    """Make the manifest fit changed files, as an attacker would."""
-    path = folder / "manifest.json"
-    manifest = AdapterManifest.model_validate_json(path.read_bytes())
-    values = {"files": describe_files(folder, manifest.files), **changes}
-    path.write_bytes(to_text(manifest.model_copy(update=values)))
-
-
-def change_tensors(folder: Path, change: Change) -> None:
-    path = next(folder.glob("*.safetensors"))
-    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    change(tensors)
-    save_file(tensors, path)
-    relist(folder)
-
-
-def change_config(folder: Path, **changes: Any) -> None:
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    relist(folder)
-
-
-def rejection(folder: Path, sample: Sample, limits: InspectionLimits | None = None) -> str:
-    with pytest.raises(AdapterRejectedError) as caught:
-        inspect_adapter(folder, sample.bundle.manifest, limits)
-    return str(caught.value)
-
-
-def put(name: str, value: Any) -> Change:
-    return lambda tensors: tensors.update({name: value(tensors[name]) if callable(value) else value})
-
-
-def spoil(name: str, value: float, count: int = 1) -> Change:
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[name].view(-1)[:count] = value
-
-    return change
-
-
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", METHODS)
 def test_sound_adapter_passes(opt: Sample, sent: Path, method: str) -> None:
     found = inspect_adapter(sent / method, opt.bundle.manifest)
     assert found.manifest.method == method
-    assert (found.lora is None) == (method == "full")
+    assert (found.lora is None) == (method != "lora")
+    assert found.manifest.bottleneck == (5 if method == "bottleneck" else None)
     assert all(
         torch.equal(found.tensors[n], t) for n, t in load_file(next((sent / method).glob("*.safetensors"))).items()
     )
@@ -330,7 +291,7 @@ def test_original_of_another_model(opt: Sample, sample: Callable[[str], Sample],
 def test_the_original_is_left_as_it_was(opt: Sample, sent: Path) -> None:
     original = adapter_state(opt.full, PLAN)
     before = {name: tensor.clone() for name, tensor in original.items()}
-    for method in ("full", "lora"):
+    for method in METHODS:
         state = plain_state(inspect_adapter(sent / method, opt.bundle.manifest), original)
         for tensor in state.values():
             tensor.zero_()

@@ -17,7 +17,7 @@ import pytest
 import ray
 import torch
 from ray import serve as ray_serve
-from tiny_service import PLAIN_TEXT, PLAN, tokens_of, tuned_state
+from tiny_service import PLAIN_TEXT, PLAN, tokens_of, tuned_by, tuned_state
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ot_ray.artifacts import Registry
@@ -41,7 +41,8 @@ def tenants(base: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> 
     url = str(tmp_path_factory.mktemp("store"))
     registry, expected = Registry(open_store(url)), {}
     for seed, (model, tenant) in enumerate([("tiny", "anna"), ("tiny", "ben"), ("other", "carl")]):
-        state = tuned_state(base, seed)
+        # One with modules of its own, of a seed that answers with letters.
+        state = tuned_by(base, "bottleneck", 11) if tenant == "ben" else tuned_state(base, seed)
         record = registry.add(model, tenant, "tone", state, bundle_id="b-1", plan=PLAN, report={})
         registry.promote(record.model_id)
         if model == "tiny":

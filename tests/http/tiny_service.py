@@ -12,7 +12,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from ot_ray.errors import NotFoundError
-from ot_ray.model import SplitPlan, adapter_state
+from ot_ray.model import (
+    BottleneckSettings,
+    LoraSettings,
+    Method,
+    SplitPlan,
+    adapter_state,
+    emulate,
+    merged_adapter_state,
+    prepare_tuning,
+)
 from serve.catalogue import PlugIn
 from tests.fixtures.models import SHAPES
 
@@ -81,6 +90,19 @@ def tuned_state(model: PreTrainedModel, seed: int) -> dict[str, torch.Tensor]:
         name: tensor + 0.3 * torch.randn(tensor.shape, generator=generator)
         for name, tensor in adapter_state(model, PLAN).items()
     }
+
+
+def tuned_by(model: PreTrainedModel, method: Method, seed: int) -> dict[str, torch.Tensor]:
+    """An adapter of a tuning method, with noise on whatever that method tunes."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tuned = prepare_tuning(emulate(model, PLAN, [0, 1]), PLAN, method, LoraSettings(), BottleneckSettings(size=4))
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+    return merged_adapter_state(tuned, PLAN)
 
 
 class Shelf:

@@ -116,7 +116,7 @@ ROWS = {
     "a folder for a file of settings": Row("tune", ("/full", "directory"), ("--config", "{place}/full")),
     "a wrong type": Row("tune", ("training.steps is 'many'", "integer"), ("training.steps=many",)),
     "a value out of range": Row("tune", ("training.steps is 0", "greater than or equal to 1"), ("training.steps=0",)),
-    "an unknown method": Row("tune", ("method is 'bitfit'", "'full' or 'lora'"), ("method=bitfit",)),
+    "an unknown method": Row("tune", ("method is 'bitfitt'", "did you mean bitfit?"), ("method=bitfitt",)),
     "two bundles named": Row("tune", ("bundle", "name a folder, or a store"), ("bundle.store={place}/bundles",)),
     "a version with a path in it": Row("make_emulator", ("version is '../1'",), ("version=../1",)),
     "a tenant with a path in it": Row("plug_in", ("tenant is 'a/b'",), ("tenant=a/b",)),

@@ -24,18 +24,20 @@ from ot_ray.data import DataConfig, StreamConfig, docstrings, language_reference
 from ot_ray.evaluation import FiveSettings, GateConfig
 from ot_ray.launch import JobSpec, RayJobLauncher, WorkerGroup, wait_for_job
 from ot_ray.launch.cluster import ClusterAddress
-from ot_ray.model import DistillLoss, ModelConfig, SplitPlan
+from ot_ray.model import DistillLoss, Method, ModelConfig, SplitPlan
 from ot_ray.training import TrainingConfig
+from ot_ray.training.distill_config import DistillTraining
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 BASE = Path(make_emulator.__file__).parent / "base"
 DEPTH, PLAN, KEPT, LENGTH = 10, SplitPlan(bottom=2, keep=2, top=2), [0, 5], 128
-DISTILLING = TrainingConfig(steps=24, batch_size=8, lr=1e-3, warmup_steps=2, zero_stage=3, seed=1)
+DISTILLING = DistillTraining(steps=24, batch_size=8, lr=1e-3, warmup_steps=2, zero_stage=3, seed=1)
 TUNING = TrainingConfig(steps=40, batch_size=8, lr=1e-3, warmup_steps=2)
 # Full fine-tuning learns faster, and is here for its place in the order alone.
 FINE_TUNING = TrainingConfig(steps=12, batch_size=8, lr=1e-3, warmup_steps=2)
 LORA = TrainingConfig(steps=40, batch_size=8, lr=4e-3, warmup_steps=2)
+BOTTLENECK = LORA.model_copy(update={"lr": 8e-3})
 
 
 @dataclass(frozen=True)
@@ -260,10 +262,14 @@ def test_the_same_seed_gives_the_same_numbers(story: Story, report: dict[str, An
     assert story.evaluate("again") == report
 
 
-def test_lora_comes_back_as_well(story: Story) -> None:
-    tune.run(story.tuning("low-rank", method="lora", training=LORA))
-    assert (story.place / "low-rank/adapter_config.json").exists()
-    report = story.plug_in("low-rank")["report"]
+@pytest.mark.parametrize(
+    ("method", "training", "file"),
+    [("lora", LORA, "adapter_config.json"), ("bottleneck", BOTTLENECK, "adapter.safetensors")],
+)
+def test_other_methods_come_back_as_well(story: Story, method: Method, training: TrainingConfig, file: str) -> None:
+    tune.run(story.tuning(method, method=method, training=training))
+    assert (story.place / method / file).exists()
+    report = story.plug_in(method)["report"]
     assert report["plug_in_perplexity"] < 0.99 * report["full_perplexity"]
 
 
