@@ -12,16 +12,19 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from ot_ray.artifacts.checkpoint import (
     ADAPTER_WEIGHTS,
     EMULATOR_WEIGHTS,
+    PROCESSOR,
     write_configs,
+    write_processor,
     write_tokenizer,
     write_weights,
 )
 from ot_ray.artifacts.folder import check_files, describe_files, list_files, staged_folder
+from ot_ray.artifacts.head import head_entries
 from ot_ray.artifacts.manifest import (
     MANIFEST,
     SIGNATURE,
@@ -33,7 +36,9 @@ from ot_ray.artifacts.manifest import (
 from ot_ray.artifacts.signature import key_id, sign_folder, verify_folder
 from ot_ray.artifacts.strict_json import parse_object, read_json
 from ot_ray.errors import ArtifactError, SignatureError
-from ot_ray.model import METHODS, Method, SplitPlan, check_supported, depth_of
+from ot_ray.model import METHODS, Method, SplitPlan, auto_class, check_supported, depth_of
+from ot_ray.model.loading import processor_in
+from ot_ray.model.packed import METHOD
 
 _INDEX = "model.safetensors.index.json"
 _REQUIRED = frozenset({"config.json", _INDEX, ADAPTER_WEIGHTS, EMULATOR_WEIGHTS})
@@ -52,6 +57,7 @@ def write_bundle(
     methods: Sequence[Method] = METHODS,
     expires: datetime | None = None,
     private_key: Path | None = None,
+    processor: BaseImageProcessor | None = None,
 ) -> BundleManifest:
     """Write an emulated model as a bundle; the folder appears when it is complete.
 
@@ -63,6 +69,7 @@ def write_bundle(
         recommended: hyperparameters such as `learning_rate`.
         expires: with a time zone; None for never.
         private_key: a PEM file of `generate_key`; None leaves the bundle unsigned.
+        processor: what prepares images for an image model.
 
     Raises:
         ArtifactError: the model is not of the plan's depth (the full model never goes into a bundle), or a
@@ -80,6 +87,8 @@ def write_bundle(
         write_configs(staging, model)
         if tokenizer is not None:
             write_tokenizer(staging, tokenizer)
+        if processor is not None:
+            write_processor(staging, processor)
         (staging / "README.md").write_text(card, encoding="utf-8")
         manifest = _manifest(
             staging,
@@ -88,6 +97,7 @@ def write_bundle(
             model_type=model.config.model_type,
             plan=plan,
             adapter=adapter,
+            head=head_entries(model),
             methods=tuple(methods),
             recommended=dict(recommended),
             expires=expires,
@@ -115,7 +125,7 @@ class Bundle:
             UnsupportedModelError: the architecture is not in the families' table.
         """
         check_supported(self.manifest.model_type)
-        return AutoModelForCausalLM.from_pretrained(
+        return auto_class(self.manifest.model_type).from_pretrained(
             self.folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True
         )
 
@@ -128,6 +138,16 @@ class Bundle:
         if "tokenizer_config.json" not in self.manifest.files:
             raise ArtifactError(f"{self.folder} has no tokenizer_config.json; pass a tokenizer to write_bundle")
         return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False, local_files_only=True)
+
+    def load_processor(self) -> BaseImageProcessor:
+        """What prepares images for the model.
+
+        Raises:
+            ArtifactError: the bundle was written without one.
+        """
+        if PROCESSOR not in self.manifest.files:
+            raise ArtifactError(f"{self.folder} has no {PROCESSOR}; pass a processor to write_bundle")
+        return processor_in(self.folder, str(self.folder))
 
 
 def open_bundle(folder: str | Path, public_key: Path | None = None) -> Bundle:
@@ -188,6 +208,12 @@ def _contradictions(folder: Path, manifest: BundleManifest) -> list[str]:
         problems.append(
             f"config.json: model_type is {config.get('model_type')!r} or it names code of its own; the manifest "
             f"says {manifest.model_type!r}, and no code comes with a bundle; write it anew"
+        )
+    packed = config.get("quantization_config")
+    if packed is not None and (not isinstance(packed, dict) or packed.get("quant_method") != METHOD):
+        problems.append(
+            f"config.json: quantization_config names another method than {METHOD!r}, the only one in bundles; write it "
+            "anew"
         )
     shards = parse_object((folder / _INDEX).read_bytes(), _INDEX).get("weight_map")
     if not isinstance(shards, dict) or not set(map(str, shards.values())) <= {ADAPTER_WEIGHTS, EMULATOR_WEIGHTS}:

@@ -5,13 +5,49 @@ Distilling is in distill.py."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
+from pydantic import Field
 from transformers import PreTrainedModel
 
+from ot_ray.config import Config
 from ot_ray.errors import SplitError
 from ot_ray.model.families import layers_of
 from ot_ray.model.split import SplitPlan
+
+
+class EmulatorConfig(Config):
+    """What becomes of the middle: layers dropped, then maps factored, weights pruned, then quantized.
+
+    `split.keep` says how many layers stay. The rest is of Figure 4 of the Offsite-Tuning paper, and alone or together.
+    """
+
+    layers: Literal["uniform", "cka", "gradient"] = "uniform"
+    """Which layers of the middle are kept."""
+    sparsity: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each linear map's weights that is pruned, the smallest in magnitude first."""
+    bits: int | None = Field(default=None, ge=2, le=8)
+    """Bits of a linear map's weight; unset, weights are not quantized."""
+    group_size: int = Field(default=64, ge=8)
+    """Weights along a linear map's input that share a scale, where they are quantized."""
+    attention_rank: float | None = Field(default=None, gt=0, le=1)
+    """Rank of the attention's maps as a share of their full rank; unset, they are not factored. Maps whose factors
+    would be larger (square ones, from half the rank on) stay whole."""
+    mlp_channels: float | None = Field(default=None, gt=0, le=1)
+    """Share of the MLP's channels that stay; unset, all."""
+    calibration: int = Field(default=64, ge=1)
+    """Public sequences that `cka`, `gradient` and the factored maps look at."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether linear maps are stored pruned or quantized."""
+        return self.sparsity > 0 or self.bits is not None
+
+    @property
+    def factored(self) -> bool:
+        """Whether layers get smaller maps, which start from what the calibration data shows."""
+        return self.attention_rank is not None or self.mlp_channels is not None
 
 
 def uniform_layers(middle: int, keep: int) -> list[int]:

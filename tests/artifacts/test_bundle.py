@@ -138,7 +138,7 @@ def test_full_model_is_refused(opt: Sample, tmp_path: Path) -> None:
     [
         ({"name": "../up"}, "model is '../up'"),
         ({"version": "a b"}, "version is 'a b'"),
-        ({"methods": ["bitfit"]}, "methods.0 is 'bitfit'"),
+        ({"methods": ["prefix"]}, "methods.0 is 'prefix'"),
         ({"recommended": {"learning_rate": float("nan")}}, "recommended"),
         ({"expires": datetime(2030, 1, 1)}, "expires"),
     ],
