@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 from jobs.command import config_file, run_command
+from jobs.emulator.choosing import choose_on_worker
 from jobs.emulator.config import MakeEmulatorConfig
 from jobs.emulator.night import run_night
 from jobs.emulator.planned import show_plan
@@ -29,7 +30,11 @@ def run(config: MakeEmulatorConfig) -> dict[str, Any] | None:
         with ray_cluster(config.address):
             return run_workers(distill_on_worker, payload, config.workers, run_name)
 
-    return run_night(config, distil)
+    def choose(payload: dict[str, Any], run_name: str) -> dict[str, Any]:
+        with ray_cluster(config.address):
+            return run_workers(choose_on_worker, payload, config.workers.model_copy(update={"count": 1}), run_name)
+
+    return run_night(config, distil, choose)
 
 
 if __name__ == "__main__":

@@ -58,13 +58,20 @@ class MakeEmulatorConfig(DistillConfig):
     GPU."""
 
     @model_validator(mode="after")
+    def _layers_are_chosen(self) -> MakeEmulatorConfig:
+        if self.kept is not None:
+            raise ValueError("kept is set, but which layers stay follows from emulator.layers; leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _gate_has_text(self) -> MakeEmulatorConfig:
         # A regression of 0 is a wish too: not at all worse than the release.
         asked = {"min_gap": self.gate.min_gap > 0, "max_regression": self.gate.max_regression is not None}
         wanted = [name for name, set_ in asked.items() if set_]
-        if wanted and self.validation is None:
+        section = "validation" if self.images is None else "validation_images"
+        if wanted and getattr(self, section) is None:
             raise ValueError(
-                f"gate.{wanted[0]} is {getattr(self.gate, wanted[0])}, but validation is not set, so that nothing can "
-                "be measured; set validation.source"
+                f"gate.{wanted[0]} is {getattr(self.gate, wanted[0])}, but {section} is not set, so that nothing can "
+                f"be measured; set {section}.source"
             )
         return self

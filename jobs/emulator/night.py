@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.emulator.assembly import assemble
+from jobs.emulator.choosing import Choose, choose_on_worker, layers_of_run
 from jobs.emulator.config import MakeEmulatorConfig
 from jobs.emulator.identity import Inputs, for_workers, look_up
 from jobs.emulator.records import Record, Records, finite
@@ -18,17 +19,19 @@ from jobs.emulator.reporting import report_key, write_report
 from ot_ray.artifacts import Lease, Releases, hold_lease, list_versions, publish_bundle
 from ot_ray.artifacts.manifest import MANIFEST, now
 from ot_ray.errors import ConfigError, EmulatorRejectedError, NotFoundError
-from ot_ray.evaluation import Measured, judge
+from ot_ray.evaluation import Measured, Verdict, judge
 from ot_ray.store import PatientStore, Store, open_store, upload_folder
-from ot_ray.training import kept_layers
 from ot_ray.training.identity import differences, identity_digest
 
 Distil = Callable[[dict[str, Any], str], dict[str, Any]]
 """Distils as `distill` does, given what workers are handed and the run's name."""
 
 
-def run_night(config: MakeEmulatorConfig, distil: Distil) -> dict[str, Any]:
+def run_night(config: MakeEmulatorConfig, distil: Distil, choose: Choose | None = None) -> dict[str, Any]:
     """Make, judge and release the emulator that follows from the inputs, unless that is done.
+
+    Args:
+        choose: chooses the layers that stay, where `emulator.layers` looks at text; unset, in this process.
 
     Returns:
         `published`, `version`, `run`, `bundle_id` and `emulator_gap`; and `already`, or what distilling returned.
@@ -49,7 +52,7 @@ def run_night(config: MakeEmulatorConfig, distil: Distil) -> dict[str, Any]:
         store, config.model.name, ttl_s=config.lease_ttl_s, wait=config.on_busy == "wait", patience_s=patience
     ) as lease:
         # Whoever held the lease before may have made just this version.
-        return night.settled() or night.make(lease, distil)
+        return night.settled() or night.make(lease, distil, choose or _choose_here)
 
 
 class _Night:
@@ -81,12 +84,13 @@ class _Night:
             return {**_answer(record), "already": True}
         return None
 
-    def make(self, lease: Lease, distil: Distil) -> dict[str, Any]:
+    def make(self, lease: Lease, distil: Distil, choose: Choose) -> dict[str, Any]:
         """Do what is missing."""
         record = self._records.get(self._inputs.version)
         if record is None or record.outcome == "rejected":
-            summary = self._distilled(lease, distil)
-            record = self._judged(summary)
+            kept = layers_of_run(self._config, self._inputs, self._store, lease, choose)
+            summary = self._distilled(lease, distil, kept)
+            record = self._judged(summary, kept)
         elif not self._releases.released(record.version):
             record = self._judged_again(record)
         if record.outcome == "rejected":
@@ -94,10 +98,10 @@ class _Night:
         record = self._publish(lease, record)
         return {**_answer(record), **record.summary}
 
-    def _distilled(self, lease: Lease, distil: Distil) -> dict[str, Any]:
+    def _distilled(self, lease: Lease, distil: Distil, kept: tuple[int, ...]) -> dict[str, Any]:
         """What distilling returned, now or before this job was cut off."""
         key = f"runs/{self._inputs.run}/result.json"
-        made_from = {"identity": identity_digest(self._inputs.identity["run"]), "text": self._inputs.text}
+        made_from = {"identity": identity_digest(self._inputs.identity["run"]), "text": self._inputs.reading.held_out}
         try:
             before = json.loads(self._store.read(key))
         except NotFoundError:
@@ -105,15 +109,15 @@ class _Night:
         if {name: before.get(name) for name in made_from} == made_from:
             return before["summary"]
         with lease.ending_with_it():
-            summary = distil(for_workers(self._config, self._inputs), self._inputs.run)
+            summary = distil(for_workers(self._config, self._inputs, kept), self._inputs.run)
         lease.require()
         self._store.write(key, json.dumps({**made_from, "summary": summary}).encode())
         return summary
 
-    def _judged(self, summary: dict[str, Any]) -> Record:
+    def _judged(self, summary: dict[str, Any], kept: tuple[int, ...]) -> Record:
         config, inputs = self._config, self._inputs
         found = summary["perplexity"]
-        verdict = judge(config.gate, found, inputs.text, self._current())
+        verdict = _warned(config, inputs.depth, judge(config.gate, found, inputs.reading.held_out, self._current()))
         return Record(
             model=config.model.name,
             version=inputs.version,
@@ -122,9 +126,9 @@ class _Night:
             identity=inputs.identity,
             bundle_id="",
             depth=inputs.depth,
-            kept=tuple(kept_layers(inputs.depth, config.split)),
+            kept=kept,
             perplexity=finite(found),
-            text=inputs.text,
+            text=inputs.reading.held_out,
             verdict=verdict,
             summary={name: value for name, value in summary.items() if name != "perplexity"},
             config=config.model_dump(mode="json"),
@@ -139,6 +143,7 @@ class _Night:
         """
         found = {name: float("nan") if value is None else value for name, value in record.perplexity.items()}
         verdict = judge(self._config.gate, found, record.text, self._current())
+        verdict = _warned(self._config, record.depth, verdict)
         record = record.model_copy(update={"verdict": verdict, "outcome": "accepted" if verdict.passed else "rejected"})
         if not verdict.passed and self._is_published():
             raise EmulatorRejectedError(
@@ -189,7 +194,7 @@ class _Night:
 
     def _assembled(self, folder: Path, record: Record) -> Record:
         """Write the bundle; the record with its id."""
-        manifest = assemble(folder, self._config, self._inputs, self._store, record.perplexity)
+        manifest = assemble(folder, self._config, self._inputs, self._store, record)
         return record.model_copy(update={"bundle_id": manifest.bundle_id})
 
     def _is_published(self) -> bool:
@@ -212,6 +217,10 @@ class _Night:
             )
 
 
+def _choose_here(payload: dict[str, Any], run: str) -> dict[str, Any]:
+    return choose_on_worker(payload)
+
+
 def _while_held(lease: Lease) -> Callable[[int], None]:
     """Stops an upload once the lease is known to be lost."""
 
@@ -226,8 +235,26 @@ def _rejected(record: Record) -> str:
     return f"version {record.version} of {record.model} was rejected: {'; '.join(record.verdict.reasons)}"
 
 
+def _warned(config: MakeEmulatorConfig, depth: int, verdict: Verdict) -> Verdict:
+    """A verdict that says what a bundle tells of the full model where it holds every layer of the middle."""
+    warning = _tells_depth(config, depth)
+    return verdict.model_copy(update={"notes": (*verdict.notes, warning)}) if warning else verdict
+
+
+def _tells_depth(config: MakeEmulatorConfig, depth: int) -> str | None:
+    if config.split.keep < len(config.split.middle(depth)):
+        return None
+    return (
+        f"warning: split.keep is {config.split.keep}, every layer of the middle, so that the bundle tells how deep the "
+        "full model is and holds a smaller copy of each of its layers; keep fewer where that is a secret, and set "
+        "gate.min_gap so that the copy cannot replace the model"
+    )
+
+
 def _answer(record: Record) -> dict[str, Any]:
+    warnings = [note for note in record.verdict.notes if note.startswith("warning: ")]
     return {
+        **({"warnings": warnings} if warnings else {}),
         "published": f"bundles/{record.model}/{record.version}",
         "version": record.version,
         "run": record.run,

@@ -15,6 +15,9 @@ from ot_ray.launch import RunMetrics
 from ot_ray.progress import Progress
 from ot_ray.training import DistillConfig, distill
 
+_LOSSES = {"lm_loss": "lm", "kd_loss": "kd"}
+_SPEEDS = {"tokens_per_s": "tokens/s", "images_per_s": "images/s"}
+
 
 def distill_on_worker(payload: dict[str, Any]) -> dict[str, Any]:
     """Distil on this rank.
@@ -75,12 +78,9 @@ class Shown:
 
 def short(figures: Mapping[str, float]) -> dict[str, float | str]:
     """The figures that stand behind the bar; the time left is part of the bar itself."""
-    shown: dict[str, float | str] = {
-        "lm": figures["lm_loss"],
-        "kd": figures["kd_loss"],
-        "tokens/s": f"{figures['tokens_per_s']:,.0f}",
-        "wait": f"{figures['data_wait_share']:.0%}",
-    }
+    shown: dict[str, float | str] = {label: figures[name] for name, label in _LOSSES.items() if name in figures}
+    shown |= {label: f"{figures[name]:,.0f}" for name, label in _SPEEDS.items() if name in figures}
+    shown["wait"] = f"{figures['data_wait_share']:.0%}"
     if "mfu" in figures:
         shown["mfu"] = f"{figures['mfu']:.0%}"
     return shown
