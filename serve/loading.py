@@ -5,6 +5,8 @@ Where the engine runs, in this process or in a Ray actor, is the caller's choice
 from __future__ import annotations
 
 from ot_ray.artifacts import Registry, load_full, open_model_source
+from ot_ray.errors import UnsupportedModelError
+from ot_ray.model import FAMILIES
 from ot_ray.store import open_store
 from serve.backend import LocalBackend
 from serve.catalogue import NoPlugIns, RegistryCatalogue
@@ -20,12 +22,17 @@ def load_backend(config: ServeConfig) -> LocalBackend:
         ConfigError: there is no model at `model.source`, its tokenizer is another model's, or `store` is no
             store's URL.
         ArtifactError: a file of its weights is missing, truncated or corrupt.
-        UnsupportedModelError: plug-ins do not exist for this architecture.
+        UnsupportedModelError: plug-ins do not exist for this architecture, or it takes images.
     """
     catalogue = NoPlugIns()
     if config.store is not None:
         catalogue = RegistryCatalogue(Registry(open_store(config.store)), config.model.name)
     source = open_model_source(config.model)
+    if FAMILIES[source.config.model_type].task != "text":
+        raise UnsupportedModelError(
+            f"model.source is {source.files.where!r}, of type {source.config.model_type}, which takes images; this "
+            "service answers with text, so serve a language model, and use image plug-ins where images are"
+        )
     base = load_full(config.model, source=source)
     base.requires_grad_(False)
     cache = PlugInCache(

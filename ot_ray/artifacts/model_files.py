@@ -23,6 +23,7 @@ SHAPE = ("config.json",)
 DESCRIPTION = (
     *SHAPE,
     "generation_config.json",
+    "preprocessor_config.json",
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",

@@ -1,4 +1,4 @@
-"""An owner's full model: its shape, its tokenizer, and its weights, streamed into a whole or an emulated model.
+"""An owner's full model: its shape, its tokenizer or processor, and its weights, streamed into a model.
 
 Finding its files is left to model_files.py, splitting the weights over ranks to training."""
 
@@ -14,24 +14,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    BaseImageProcessor,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ot_ray.artifacts.model_files import DESCRIPTION, SHAPE, WEIGHTS, ModelFiles
 from ot_ray.artifacts.weights import Weights
 from ot_ray.errors import ArtifactError, ConfigError
 from ot_ray.model import (
+    FAMILIES,
     ModelConfig,
     SplitPlan,
     check_tokenizer,
     checkpoint_name,
+    classes_in,
     depth_of,
     empty_model,
     emulate,
     emulated_layers,
     family_of,
     fill,
+    layer_config,
 )
-from ot_ray.model.loading import DTYPES, shape_in, tokenizer_in, unreadable
+from ot_ray.model.loading import DTYPES, processor_in, shape_in, tokenizer_in, unreadable
 from ot_ray.store.partial import chunks_of
 
 _COMPARED = 16 * 1024 * 1024  # elements of each of two tensors that are held at once while they are compared
@@ -61,6 +70,10 @@ class ModelSource:
         except ConfigError as error:
             raise ConfigError(f"model.source is {self.files.where!r}: {error}") from None
         return tokenizer
+
+    def processor(self) -> BaseImageProcessor:
+        """What prepares images for the model, beside its weights. Raises ConfigError where there is none."""
+        return processor_in(self.files.folder, self.files.where)
 
     def generation_config(self) -> GenerationConfig:
         """How the model generates, from its own file or else from `config.json`. Raises ConfigError."""
@@ -165,7 +178,20 @@ def open_model_source(config: ModelConfig, patience_s: float = 0.0) -> ModelSour
         StoreError: S3 does not hand it out.
     """
     files = ModelFiles(config, (*DESCRIPTION, *WEIGHTS), patience_s)
-    return ModelSource(shape_in(files.folder, files.where), Weights(files.store, files.where), files)
+    source = ModelSource(shape_in(files.folder, files.where), Weights(files.store, files.where), files)
+    _stand_in_for_head(source)
+    return source
+
+
+def _stand_in_for_head(source: ModelSource) -> None:
+    """A checkpoint of a tower alone gets a head of zeros: every class is as likely, until it is tuned."""
+    config = source.config
+    path = FAMILIES[config.model_type].head
+    names = {f"{path}.weight", f"{path}.bias"}
+    if path is not None and not names & source.weights.names.keys():
+        classes, width = len(classes_in(config)), layer_config(config).hidden_size
+        source.weights.read_as_zeros(f"{path}.weight", (classes, width))
+        source.weights.read_as_zeros(f"{path}.bias", (classes,))
 
 
 def load_shape(config: ModelConfig) -> PreTrainedConfig:
@@ -223,7 +249,8 @@ def load_emulated(
 
 def _skeleton(source: ModelSource, config: ModelConfig) -> PreTrainedModel:
     model = empty_model(source.config, DTYPES[config.dtype])
-    model.generation_config = source.generation_config()
+    if family_of(model).task == "text":
+        model.generation_config = source.generation_config()
     return model
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from ot_ray.artifacts.folder import describe_files
 from ot_ray.artifacts.journal import Journal
-from ot_ray.artifacts.manifest import NAME_PATTERN, BundleId, Sha256, now, to_text
+from ot_ray.artifacts.manifest import NAME_PATTERN, BundleId, ClassName, Sha256, now, to_text
 from ot_ray.artifacts.strict_json import parse_json
 from ot_ray.config import Config
 from ot_ray.errors import AlreadyExistsError, ArtifactError, NotFoundError
@@ -69,6 +69,8 @@ class PlugInRecord(Config):
     """Hash of adapter.safetensors."""
     report: dict[str, float]
     """The owner's evaluation, number by name."""
+    classes: tuple[ClassName, ...] | None = None
+    """The classes of an image model's head, in the order of its rows; None for a language model."""
     created: AwareDatetime
     """When it was added, UTC."""
 
@@ -92,11 +94,13 @@ class Registry:
         bundle_id: str,
         plan: SplitPlan,
         report: Mapping[str, float],
+        classes: Sequence[str] | None = None,
     ) -> PlugInRecord:
         """Store a tuned adapter. The id follows from its bytes, so adding the same one again returns its record.
 
         Args:
             state: plain tensors, as `plain_state` gives them.
+            classes: of an image model's head, as the adapter's manifest names them.
 
         Raises:
             ArtifactError: a name or figure does not fit the record.
@@ -107,7 +111,13 @@ class Registry:
             sha256 = describe_files(Path(folder), [_WEIGHTS])[_WEIGHTS].sha256
             parts = parse_model_id(str(ModelId(model, tenant, suffix, sha256[:12])))
             record = PlugInRecord(
-                model_id=str(parts), bundle_id=bundle_id, plan=plan, sha256=sha256, report=dict(report), created=now()
+                model_id=str(parts),
+                bundle_id=bundle_id,
+                plan=plan,
+                sha256=sha256,
+                report=dict(report),
+                classes=tuple(classes) if classes is not None else None,
+                created=now(),
             )
             # A known id keeps its file: it may be serving.
             if not self._store.exists(_key(parts, _RECORD)):

@@ -38,6 +38,7 @@ _TYPES = {
 }
 _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 _PIECE = 64 * 1024 * 1024  # bytes of one request, which bounds what a read holds beside its result
+_NOWHERE = ""  # the shard of a tensor that is zeros
 _AGAIN = "fetch the model anew"
 
 
@@ -85,6 +86,11 @@ class Weights:
         self.shards = tuple(shards)
         self.names = {name: place.info for name, place in self._places.items()}
 
+    def read_as_zeros(self, name: str, shape: tuple[int, ...]) -> None:
+        """Let a tensor that the checkpoint lacks be read as float32 zeros of that shape."""
+        self._places[name] = _Place(TensorInfo(torch.float32, shape), _NOWHERE, 0)
+        self.names = {**self.names, name: self._places[name].info}
+
     def read(self, name: str, start: int = 0, end: int | None = None) -> torch.Tensor:
         """Elements `start` up to, not including, `end` of a flattened tensor.
 
@@ -101,6 +107,8 @@ class Weights:
         end = math.prod(shape) if end is None else end
         if not 0 <= start <= end <= math.prod(shape):
             raise ArtifactError(f"elements {start} to {end} of {name} are no range of its {math.prod(shape)} elements")
+        if shard == _NOWHERE:
+            return torch.zeros(end - start, dtype=dtype)
         tensor = torch.empty(end - start, dtype=dtype)
         target = tensor.view(torch.uint8).numpy().data
         first += start * dtype.itemsize

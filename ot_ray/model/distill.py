@@ -1,10 +1,13 @@
-"""Teacher and student in one forward pass of the model itself.
+"""Teacher and student in one forward pass of the model itself: what every family shares, and language models.
 
-The lanes through the layer list are in lanes.py, the losses in losses.py; optimisers and loops in training."""
+The lanes through the layer list are in lanes.py, the losses in losses.py, image models in images.py; optimisers and
+loops in training."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TypeVar
 
 import torch
 from pydantic import Field
@@ -13,10 +16,12 @@ from transformers import PreTrainedModel
 
 from ot_ray.config import Config
 from ot_ray.errors import SplitError
+from ot_ray.model.emulator import EmulatorConfig
 from ot_ray.model.families import family_of, layers_of, set_layers
 from ot_ray.model.isolation import isolated_documents
 from ot_ray.model.lanes import AdapterLayer, LaneLayer, Lanes, Setting, StudentLayer, TeacherLayer
 from ot_ray.model.losses import HEAD_TOKENS, IGNORED, DistillLoss, LanguageHead, normalized_mse
+from ot_ray.model.packed import LearningLinear, learn_compressed, prune, with_smaller_maps
 from ot_ray.model.split import SplitPlan, depth_of, with_layers
 
 
@@ -31,8 +36,11 @@ class DistillOptions(Config):
     """Positions whose logits exist at once; each takes about ten bytes an entry of the vocabulary."""
 
 
-class DistillModel(nn.Module):
-    """A causal language model with the emulator beside its middle, trained in one forward pass.
+L = TypeVar("L", bound="LaneModel")
+
+
+class LaneModel(nn.Module):
+    """A model with the emulator beside its middle, trained in one forward pass.
 
     Each layer of M and of E is an entry of the model's own layer list, so it gets exactly the mask and
     position embeddings that the architecture gives a layer of its type (Gemma 2 alternates them). Only E
@@ -43,6 +51,8 @@ class DistillModel(nn.Module):
             parameters may be on the meta device, to be filled afterwards as `origins` says.
         plan: the split.
         kept: the layers of the middle that E starts from; E gets copies of them.
+        middle_only: the loss is of the middle's output alone, so a pass of both lanes leaves A2 out.
+        emulator: how E is compressed; it computes so from the first pass on.
 
     Raises:
         SplitError: the plan does not fit the model, or `kept` the plan.
@@ -53,23 +63,22 @@ class DistillModel(nn.Module):
         model: PreTrainedModel,
         plan: SplitPlan,
         kept: Sequence[int],
-        weights: DistillLoss,
-        options: DistillOptions | None = None,
+        options: DistillOptions,
+        middle_only: bool = False,
+        emulator: EmulatorConfig | None = None,
     ) -> None:
         super().__init__()
         if len(kept) != plan.keep:
             raise SplitError(f"kept is {list(kept)}; name split.keep = {plan.keep} layers of the middle")
         depth = depth_of(model)
         middle = plan.middle(depth)
-        options = options or DistillOptions()
-        self.plan, self.weights = plan, weights
+        self.plan = plan
+        self._emulator = emulator or EmulatorConfig()
         self._sources = [*range(middle.stop), *(middle[i] for i in kept), *range(middle.stop, depth)]
         self._students = range(middle.stop, middle.stop + plan.keep)
         self.model = with_layers(model, self._sources, share=True)
-        self._lanes = Lanes(family_of(model).returns_tuple, options.checkpointing)
+        self._lanes = Lanes(family_of(model).returns_tuple, options.checkpointing, middle_only)
         self._install(middle)
-        # After the model, so that the parameters which both hold go by their names in the model.
-        self.head = LanguageHead(self.model, options.head_tokens)
         if options.compile:
             for layer in layers_of(self.model):
                 layer.layer.compile(dynamic=False)  # type: ignore[union-attr,operator]
@@ -85,16 +94,110 @@ class DistillModel(nn.Module):
         if i in middle:
             return TeacherLayer(layer, self._lanes, i == middle[0], i == middle[-1])
         if i in students:
-            return StudentLayer(_unshared(layer).requires_grad_(True), self._lanes, i == students[0], i == students[-1])
-        return AdapterLayer(layer, self._lanes)
+            smaller = with_smaller_maps(_unshared(layer), family_of(self.model), self._emulator)
+            student = learn_compressed(smaller, self._emulator).requires_grad_(True)
+            return StudentLayer(student, self._lanes, i == students[0], i == students[-1])
+        return AdapterLayer(layer, self._lanes, above=i >= students.stop)
 
-    def train(self, mode: bool = True) -> DistillModel:
+    def train(self: L, mode: bool = True) -> L:
         """Dropout and the like for E alone: what the teacher says must not be noise."""
         super().train(mode)
         self.model.eval()
         for i in self._students:
             layers_of(self.model)[i].train(mode)
         return self
+
+    def origins(self) -> dict[str, str]:
+        """Where each tensor's start comes from.
+
+        Returns:
+            The name of every parameter and persistent buffer of this module -> its name in the full model's
+            own state dict. E's tensors start as those of the layers that it keeps.
+        """
+        path = f"model.{family_of(self.model).layers}."
+        return {name: self._origin(name, path) for name in _stored_names(self)}
+
+    def _origin(self, name: str, path: str) -> str:
+        if not name.startswith(path):
+            return name.removeprefix("model.")
+        place, _, rest = name.removeprefix(path).partition(".layer.")
+        return f"{path.removeprefix('model.')}{self._sources[int(place)]}.{rest}"
+
+    def start_of(self, name: str, stored: torch.Tensor) -> torch.Tensor:
+        """What a tensor of this module starts as, given the whole tensor that `origins` names; pruned where E is."""
+        return prune(stored, self._emulator.sparsity) if name in self.pruned else stored
+
+    @cached_property
+    def pruned(self) -> frozenset[str]:
+        """Names of the weights that start pruned; each has to be seen whole to tell which of its entries stay."""
+        if not self._emulator.sparsity:
+            return frozenset()
+        return frozenset(
+            f"{name}.weight" for name, module in self.named_modules() if isinstance(module, LearningLinear)
+        )
+
+    def emulator_names(self) -> dict[str, str]:
+        """``<layer of E>.<name>`` for the name of each parameter of E in this module."""
+        path = f"model.{family_of(self.model).layers}"
+        return {
+            name: f"{place}.{name[len(prefix) :]}"
+            for place, i in enumerate(self._students)
+            for prefix in [f"{path}.{i}.layer."]
+            for name, _ in self.named_parameters()
+            if name.startswith(prefix)
+        }
+
+    def start_from(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Put weights into E, in place: where its maps are smaller, the full model's layers have no weights for it.
+
+        Args:
+            state: as `emulator_names` names them.
+
+        Raises:
+            SplitError: a tensor is missing, unknown or of another shape.
+        """
+        parameters, names = dict(self.named_parameters()), self.emulator_names()
+        wrong = sorted(set(names.values()) ^ state.keys())
+        wrong += sorted(o for n, o in names.items() if o in state and state[o].shape != parameters[n].shape)
+        if wrong:
+            raise SplitError(f"what the emulator starts from does not fit it: {', '.join(wrong[:5])}")
+        with torch.no_grad():
+            for name, ours in names.items():
+                parameters[name].copy_(self.start_of(name, state[ours]))
+
+    def emulator_state(self, trained: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """The tensors of E, named as `emulator_names` says.
+
+        Args:
+            trained: this module's trainable parameters by their names in it, where an engine holds them
+                elsewhere; unset, the module's own.
+        """
+        tensors = trained if trained is not None else dict(self.named_parameters())
+        return {ours: tensors[name].detach() for name, ours in self.emulator_names().items()}
+
+
+class DistillModel(LaneModel):
+    """A causal language model whose emulator learns from the middle's output and from next tokens.
+
+    Args:
+        model, plan, kept, emulator: as for `LaneModel`.
+        weights: of the two losses.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        plan: SplitPlan,
+        kept: Sequence[int],
+        weights: DistillLoss,
+        options: DistillOptions | None = None,
+        emulator: EmulatorConfig | None = None,
+    ) -> None:
+        options = options or DistillOptions()
+        super().__init__(model, plan, kept, options, emulator=emulator)
+        self.weights = weights
+        # After the model, so that the parameters which both hold go by their names in the model.
+        self.head = LanguageHead(self.model, options.head_tokens)
 
     def forward(
         self,
@@ -132,43 +235,6 @@ class DistillModel(nn.Module):
 
     def _hidden(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
         return body_output(self.model, input_ids, position_ids)
-
-    def origins(self) -> dict[str, str]:
-        """Where each tensor's start comes from.
-
-        Returns:
-            The name of every parameter and persistent buffer of this module -> its name in the full model's
-            own state dict. E's tensors start as those of the layers that it keeps.
-        """
-        path = f"model.{family_of(self.model).layers}."
-        return {name: self._origin(name, path) for name in _stored_names(self)}
-
-    def _origin(self, name: str, path: str) -> str:
-        if not name.startswith(path):
-            return name.removeprefix("model.")
-        place, _, rest = name.removeprefix(path).partition(".layer.")
-        return f"{path.removeprefix('model.')}{self._sources[int(place)]}.{rest}"
-
-    def emulator_names(self) -> dict[str, str]:
-        """``<layer of E>.<name>`` for the name of each parameter of E in this module."""
-        path = f"model.{family_of(self.model).layers}"
-        return {
-            name: f"{place}.{name[len(prefix) :]}"
-            for place, i in enumerate(self._students)
-            for prefix in [f"{path}.{i}.layer."]
-            for name, _ in self.named_parameters()
-            if name.startswith(prefix)
-        }
-
-    def emulator_state(self, trained: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-        """The tensors of E, named as `emulator_names` says.
-
-        Args:
-            trained: this module's trainable parameters by their names in it, where an engine holds them
-                elsewhere; unset, the module's own.
-        """
-        tensors = trained if trained is not None else dict(self.named_parameters())
-        return {ours: tensors[name].detach() for name, ours in self.emulator_names().items()}
 
 
 def body_output(model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:

@@ -8,22 +8,30 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel
 
 from ot_ray.errors import UnsupportedModelError
+from ot_ray.model import eva_clip  # noqa: F401 - a class that Transformers lacks
+
+Task = Literal["text", "image"]
 
 
 @dataclass(frozen=True)
 class Family:
-    """The places of one architecture, as dotted paths from the causal language model."""
+    """The places of one architecture, as dotted paths from the causal language model or image classifier."""
 
     layers: str
     """The `ModuleList` of transformer layers."""
     norm: str
     """The final norm after the last layer."""
+    attention_out: str
+    """Inside a layer, the last linear map of the attention, whose output is added to the residual stream."""
+    mlp_out: str
+    """Inside a layer, the last linear map of the MLP."""
     transposed: bool = False
     """Whether linear maps are stored [in, out] (GPT-2's `Conv1D`) rather than [out, in]."""
     positions_isolate: bool = True
@@ -32,22 +40,77 @@ class Family:
     """The config field of a bound that logits are squashed to, ``cap * tanh(logits / cap)``."""
     returns_tuple: bool = False
     """Whether a layer returns a tuple that starts with the hidden states, rather than the hidden states."""
+    task: Task = "text"
+    """What it is trained on: next tokens, or classes of images."""
+    head: str | None = None
+    """The linear map to the classes, which is part of the adapter; None in a language model."""
+    tower: str | None = None
+    """The field of the configuration that describes the layers, where that is a part of it."""
+    renamed: tuple[tuple[str, str], ...] = ()
+    """How checkpoints spell parts of tensor names that Transformers changes as it loads: (ours, theirs)."""
 
 
 FAMILIES: dict[str, Family] = {
-    "bloom": Family("transformer.h", "transformer.ln_f", positions_isolate=False, returns_tuple=True),
-    "gemma2": Family("model.layers", "model.norm", logits_cap="final_logit_softcapping"),
-    "gpt2": Family("transformer.h", "transformer.ln_f", transposed=True),
-    "llama": Family("model.layers", "model.norm"),
-    "mistral": Family("model.layers", "model.norm"),
-    "opt": Family("model.decoder.layers", "model.decoder.final_layer_norm", positions_isolate=False),
-    "qwen2": Family("model.layers", "model.norm"),
-    "qwen3": Family("model.layers", "model.norm"),
+    "bloom": Family(
+        "transformer.h",
+        "transformer.ln_f",
+        "self_attention.dense",
+        "mlp.dense_4h_to_h",
+        positions_isolate=False,
+        returns_tuple=True,
+    ),
+    "gemma2": Family(
+        "model.layers", "model.norm", "self_attn.o_proj", "mlp.down_proj", logits_cap="final_logit_softcapping"
+    ),
+    "gpt2": Family("transformer.h", "transformer.ln_f", "attn.c_proj", "mlp.c_proj", transposed=True),
+    "llama": Family("model.layers", "model.norm", "self_attn.o_proj", "mlp.down_proj"),
+    "mistral": Family("model.layers", "model.norm", "self_attn.o_proj", "mlp.down_proj"),
+    "opt": Family(
+        "model.decoder.layers", "model.decoder.final_layer_norm", "self_attn.out_proj", "fc2", positions_isolate=False
+    ),
+    "qwen2": Family("model.layers", "model.norm", "self_attn.o_proj", "mlp.down_proj"),
+    "qwen3": Family("model.layers", "model.norm", "self_attn.o_proj", "mlp.down_proj"),
+    "blip_2_vision_model": Family(
+        "vision_model.encoder.layers",
+        "vision_model.post_layernorm",
+        "self_attn.projection",
+        "mlp.fc2",
+        task="image",
+        head="classifier",
+    ),
+    "clip": Family(
+        "vision_model.encoder.layers",
+        "vision_model.post_layernorm",
+        "self_attn.out_proj",
+        "mlp.fc2",
+        task="image",
+        head="classifier",
+        tower="vision_config",
+    ),
+    "vit": Family(
+        "vit.layers",
+        "vit.layernorm",
+        "attention.o_proj",
+        "mlp.fc2",
+        task="image",
+        head="classifier",
+        renamed=(
+            (".layers.", ".encoder.layer."),
+            (".attention.q_proj.", ".attention.attention.query."),
+            (".attention.k_proj.", ".attention.attention.key."),
+            (".attention.v_proj.", ".attention.attention.value."),
+            (".attention.o_proj.", ".attention.output.dense."),
+            (".mlp.fc1.", ".intermediate.dense."),
+            (".mlp.fc2.", ".output.dense."),
+        ),
+    ),
 }
+TEXT_FAMILIES = {name: family for name, family in FAMILIES.items() if family.task == "text"}
+IMAGE_FAMILIES = {name: family for name, family in FAMILIES.items() if family.task == "image"}
 
 
 def family_of(model: PreTrainedModel) -> Family:
-    """Look up the family of a causal language model.
+    """Look up the family of a model.
 
     Raises:
         UnsupportedModelError: the architecture is not in the table, or uses a variant whose layers
@@ -78,6 +141,23 @@ def check_supported(model_type: str) -> None:
     )
 
 
+def auto_class(model_type: str) -> Any:
+    """Which of Transformers' automatic classes makes and opens models of a supported `model_type`."""
+    return AutoModelForCausalLM if FAMILIES[model_type].task == "text" else AutoModelForImageClassification
+
+
+def layer_config(config: Any) -> Any:
+    """The configuration that describes the layers, `num_hidden_layers` among it: the whole, or a part of it."""
+    tower = FAMILIES[config.model_type].tower
+    return getattr(config, tower) if tower else config
+
+
+def head_of(model: PreTrainedModel) -> nn.Linear | None:
+    """The linear map to the classes, weight [C, D] and bias [C]; None in a language model."""
+    path = family_of(model).head
+    return model.get_submodule(path) if path else None  # type: ignore[return-value]
+
+
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     """The model's own list of transformer layers."""
     return model.get_submodule(family_of(model).layers)  # type: ignore[return-value]
@@ -97,7 +177,7 @@ def linear_names(layer: nn.Module) -> list[str]:
 
 
 def per_layer_lists(config: object) -> Iterator[str]:
-    """Names of config fields that hold one entry a layer, such as `layer_types`."""
+    """Names of fields of a `layer_config` that hold one entry a layer, such as `layer_types`."""
     depth = config.num_hidden_layers  # type: ignore[attr-defined]
     for name, value in vars(config).items():
         if name == "layer_types" and isinstance(value, list | tuple) and len(value) == depth:

@@ -22,10 +22,11 @@ class Lanes:
     Args:
         tuples: whether a layer of this family returns a tuple.
         checkpointing: run E and A2 again in the backward pass instead of keeping their activations.
+        middle_only: pass A2 by where both lanes run.
     """
 
-    def __init__(self, tuples: bool, checkpointing: bool) -> None:
-        self._tuples, self.checkpointing = tuples, checkpointing
+    def __init__(self, tuples: bool, checkpointing: bool, middle_only: bool = False) -> None:
+        self._tuples, self.checkpointing, self.middle_only = tuples, checkpointing, middle_only
         self.begin(None)
 
     def begin(self, setting: Setting | None) -> None:
@@ -54,9 +55,15 @@ class LaneLayer(nn.Module):
 
 
 class AdapterLayer(LaneLayer):
-    """One layer of A1 or A2: frozen, but in A2 gradients flow through it to E."""
+    """One layer of A1, or `above` E of A2: frozen, but in A2 gradients flow through it to E."""
+
+    def __init__(self, layer: nn.Module, lanes: Lanes, above: bool) -> None:
+        super().__init__(layer, lanes)
+        self._above = above
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self._above and self._lanes.middle_only and self._lanes.setting is None:
+            return self._lanes.passed(hidden_states)
         return self._run(hidden_states.requires_grad, hidden_states, *args, **kwargs)
 
 

@@ -1,4 +1,4 @@
-"""An owner's model as a configuration, and what lies beside its weights in a folder: shape and tokenizer.
+"""An owner's model as a configuration, and what lies beside its weights in a folder: shape, tokenizer, processor.
 
 Fetching that folder and reading the weights are left to artifacts. No code from outside runs."""
 
@@ -10,12 +10,21 @@ from typing import Literal
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from pydantic import Field
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    BaseImageProcessor,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from ot_ray.config import Config
 from ot_ray.errors import ConfigError
 from ot_ray.model.families import check_supported
 
+# Models of which one part can be split: BLIP-2's vision tower is EVA-CLIP ViT-g.
+_WITHIN = {"blip-2": "vision_config"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -47,6 +56,8 @@ def shape_in(folder: Path, where: str) -> PreTrainedConfig:
         shape = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, TypeError, StrictDataclassError) as error:
         raise unreadable(where, error) from None
+    part = _WITHIN.get(shape.model_type)
+    shape = getattr(shape, part) if part else shape
     check_supported(shape.model_type)
     return shape
 
@@ -61,6 +72,23 @@ def tokenizer_in(folder: Path, where: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # a malformed tokenizer.json meets bare exceptions of the parser
         raise unreadable(where, error) from None
+
+
+def processor_in(folder: Path, where: str) -> BaseImageProcessor:
+    """Read what prepares images for the model in a folder; it works on PIL's images, without torchvision.
+
+    Raises:
+        ConfigError: there is none, or it is malformed.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # a malformed file meets errors of any kind
+        # Transformers names every model that it knows.
+        reason = str(error).strip().split("\n", 1)[0][:200]
+        raise ConfigError(
+            f"model.source is {where!r}: its preprocessor_config.json cannot be used: {reason}; put the model's own "
+            "beside its weights"
+        ) from None
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:

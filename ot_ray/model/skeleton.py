@@ -9,10 +9,11 @@ from collections.abc import Callable, Collection
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ot_ray.errors import ArtifactError, UnsupportedModelError
-from ot_ray.model.families import check_supported, family_of
+from ot_ray.model.families import IMAGE_FAMILIES, auto_class, check_supported, family_of
+from ot_ray.model.head import classes_in
 
 
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -27,7 +28,8 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
         CPU; buffers that no checkpoint holds (rotary frequencies) have their values.
 
     Raises:
-        UnsupportedModelError: the architecture cannot be split, or its weights are quantized.
+        UnsupportedModelError: the architecture cannot be split, its weights are quantized, or it is an image model
+            without classes.
     """
     check_supported(config.model_type)
     if getattr(config, "quantization_config", None):
@@ -35,8 +37,13 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
             "config.quantization_config is set: quantized weights cannot be distilled; use the model's "
             "float32, float16 or bfloat16 checkpoint"
         )
+    if config.model_type in IMAGE_FAMILIES and not classes_in(config):
+        raise UnsupportedModelError(
+            "config.id2label names no class, so that the model has no head; name at least two classes there"
+        )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=False)
+        opened_by = auto_class(config.model_type)
+        model = opened_by.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=False)
     family_of(model)
     for module in model.modules():
         for name, buffer in module._buffers.items():
@@ -51,7 +58,8 @@ def checkpoint_name(name: str, model: PreTrainedModel, available: Collection[str
     """Under which name a checkpoint holds a tensor of the model.
 
     Checkpoints may leave out the base model's prefix or add it (`h.0.ln_1.weight` is GPT-2's
-    `transformer.h.0.ln_1.weight`), and store tied tensors under either name.
+    `transformer.h.0.ln_1.weight`), store tied tensors under either name, and spell parts of names as older
+    versions of Transformers did.
 
     Args:
         name: the tensor's name in `model.state_dict()`.
@@ -63,7 +71,7 @@ def checkpoint_name(name: str, model: PreTrainedModel, available: Collection[str
     tied = model.all_tied_weights_keys
     partners = [tied[name]] if name in tied else [target for target, origin in tied.items() if origin == name]
     prefix = f"{model.base_model_prefix}."
-    for candidate in (name, *partners):
+    for candidate in (candidate for one in (name, *partners) for candidate in (one, older_name(one, model))):
         shorter = candidate.removeprefix(prefix)
         for spelling in (candidate, shorter if shorter != candidate else prefix + candidate):
             if spelling in available:
@@ -72,6 +80,13 @@ def checkpoint_name(name: str, model: PreTrainedModel, available: Collection[str
         f"tensor {name} is not among the {len(available)} of the checkpoint; fetch or save the model's "
         "safetensors files anew"
     )
+
+
+def older_name(name: str, model: PreTrainedModel) -> str:
+    """How checkpoints spell the name of a tensor that Transformers renames as it loads; most are spelt as they are."""
+    for ours, theirs in family_of(model).renamed:
+        name = name.replace(ours, theirs)
+    return name
 
 
 def fill(module: nn.Module, read: Callable[[str], torch.Tensor]) -> None:

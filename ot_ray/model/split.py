@@ -16,7 +16,9 @@ from transformers import PreTrainedModel
 
 from ot_ray.config import Config
 from ot_ray.errors import SplitError
-from ot_ray.model.families import family_of, layers_of, per_layer_lists, renumber, set_layers
+from ot_ray.model.bottleneck import CHILD, bottleneck_places, insert_bottleneck
+from ot_ray.model.families import family_of, head_of, layer_config, layers_of, per_layer_lists, renumber, set_layers
+from ot_ray.model.head import HEAD, put_head
 
 _LAYER_KEY = re.compile(r"layers\.(0|[1-9][0-9]{0,4})\.(.+)")
 
@@ -121,7 +123,7 @@ def with_layers(model: PreTrainedModel, positions: Sequence[int], *, share: bool
 
 
 def _fit_config(model: PreTrainedModel, positions: Sequence[int]) -> None:
-    config = model.config
+    config = layer_config(model.config)
     for name in list(per_layer_lists(config)):
         values = getattr(config, name)
         setattr(config, name, [values[i] for i in positions])
@@ -134,44 +136,82 @@ def _shared(module: nn.Module) -> dict[int, object]:
 
 
 def adapter_state(model: PreTrainedModel, plan: SplitPlan) -> dict[str, torch.Tensor]:
-    """Tensors of the adapter layers, named by *bundle position*: ``layers.<i>.<name>``.
+    """Tensors of the adapter layers, named by *bundle position*: ``layers.<i>.<name>``; in an image model those of
+    the classification head as well: ``head.<name>``.
 
     The names are the same whether `model` is the full or the emulated model, because the top layers
     are counted in the emulated model's depth.
     """
-    layers = layers_of(model)
+    layers, head = layers_of(model), head_of(model)
     positions = plan.adapter_positions(len(layers))
-    return {
+    state = {
         f"layers.{bundle}.{name}": tensor
         for bundle, full in zip(plan.adapter_positions(plan.depth), positions, strict=True)
         for name, tensor in layers[full].state_dict().items()
     }
+    if head is not None:
+        state |= {f"{HEAD}.{name}": tensor for name, tensor in head.state_dict().items()}
+    return state
 
 
-def plug_in(model: PreTrainedModel, plan: SplitPlan, state: Mapping[str, torch.Tensor]) -> PreTrainedModel:
+def plug_in(
+    model: PreTrainedModel,
+    plan: SplitPlan,
+    state: Mapping[str, torch.Tensor],
+    classes: Sequence[str] | None = None,
+) -> PreTrainedModel:
     """Put a tuned adapter A1' + A2' into the full model: the plug-in model [A1' · M · A2'].
 
     The result shares every tensor outside the adapter with `model`, so a plug-in model costs the
-    adapter's bytes. `model` is left as it was.
+    adapter's bytes. `model` is left as it was. One with bottlenecks in it is kept as its adapter: Transformers leaves
+    them out when it opens a checkpoint.
 
     Args:
         model: the full model.
-        state: tensors named as `adapter_state` names them, of the same shapes; cast to the model's dtype.
+        state: tensors named as `adapter_state` names them, of the same shapes; cast to the model's dtype. Where
+            there are tensors of a bottleneck among them, a bottleneck of their size is put in. The head of an image
+            model may have another number of classes.
+        classes: names of an image model's classes, in the order of the head's rows; unset, they stay, or are
+            numbered where their number changes.
 
     Raises:
-        SplitError: a tensor is missing, unknown or of another shape.
+        SplitError: a tensor is missing, unknown or of another shape, or `classes` are not as many as the head's rows.
     """
-    expected = adapter_state(model, plan)
-    _check_state(expected, state)
     positions = plan.adapter_positions(depth_of(model))
     full_position = dict(zip(plan.adapter_positions(plan.depth), positions, strict=True))
     clone = with_layers(model, range(depth_of(model)), share=True)
     layers = layers_of(clone)
+    for bundle, full in full_position.items():
+        _make_bottlenecks(clone, layers[full], f"layers.{bundle}", state)
+    _make_head(clone, state, classes)
+    expected = adapter_state(clone, plan)
+    _check_state(expected, state)
     for key, tensor in state.items():
-        match = _LAYER_KEY.fullmatch(key)
-        assert match is not None
-        _replace(layers[full_position[int(match[1])]], match[2], tensor.detach().to(expected[key]).clone())
+        match, head = _LAYER_KEY.fullmatch(key), head_of(clone)
+        place, name = (layers[full_position[int(match[1])]], match[2]) if match else (head, key.partition(".")[2])
+        assert place is not None
+        _replace(place, name, tensor.detach().to(expected[key]).clone())
     return clone
+
+
+def _make_head(model: PreTrainedModel, state: Mapping[str, torch.Tensor], classes: Sequence[str] | None) -> None:
+    """Put in a head of as many classes as the state has; a state without a sound one is refused afterwards."""
+    head, weight = head_of(model), state.get(f"{HEAD}.weight")
+    count = weight.shape[0] if weight is not None and weight.dim() == 2 else 0
+    if classes is not None and len(classes) != (count if head is not None else 0):
+        raise SplitError(
+            f"classes names {len(classes)}, but the adapter's head has {count} rows; pass the names that belong to it"
+        )
+    if head is not None and count and (classes is not None or count != head.out_features):
+        put_head(model, count, classes)
+
+
+def _make_bottlenecks(model: PreTrainedModel, layer: nn.Module, prefix: str, state: Mapping[str, torch.Tensor]) -> None:
+    for place in bottleneck_places(family_of(model)):
+        down = state.get(f"{prefix}.{place}.{CHILD}.down.weight")
+        there = hasattr(layer.get_submodule(place), CHILD)
+        if down is not None and down.dim() == 2 and not there:
+            insert_bottleneck(model, layer, place, down.shape[0])
 
 
 def _check_state(expected: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
@@ -202,9 +242,11 @@ def _replace(layer: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 
 def freeze_all_but_adapter(model: PreTrainedModel, plan: SplitPlan) -> None:
-    """Leave gradients on for the adapter layers alone (embeddings, norm, head and emulator are frozen)."""
-    family_of(model)
+    """Leave gradients on for the adapter layers, and for the classification head of an image model (embeddings, norm,
+    a language model's head and the emulator are frozen)."""
     model.requires_grad_(False)
-    layers = layers_of(model)
+    layers, head = layers_of(model), head_of(model)
     for position in plan.adapter_positions(len(layers)):
         layers[position].requires_grad_(True)
+    if head is not None:
+        head.requires_grad_(True)

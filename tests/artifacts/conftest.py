@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ot_ray.artifacts import generate_key, open_bundle, write_bundle
-from ot_ray.model import FAMILIES, emulate
+from ot_ray.model import TEXT_FAMILIES, emulate
 from tests.artifacts.samples import DEPTH, KEPT, PLAN, Sample, tiny_tokenizer
 from tests.fixtures.models import tiny_model
 
@@ -48,7 +48,7 @@ def sample(tmp_path_factory: pytest.TempPathFactory, keys: tuple[Path, Path]) ->
     return get
 
 
-@pytest.fixture(params=sorted(FAMILIES))
+@pytest.fixture(params=sorted(TEXT_FAMILIES))
 def family(request: pytest.FixtureRequest, sample: Callable[[str], Sample]) -> Sample:
     return sample(request.param)
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ot_ray.artifacts import Bundle, write_adapter
-from ot_ray.model import LoraSettings, SplitPlan, prepare_tuning
+from ot_ray.model import BottleneckSettings, LoraSettings, SplitPlan, prepare_tuning
 from tests.fixtures.models import VOCAB
 
 # Deep enough that its depth, and the layers that are kept, are numbers which stand nowhere else in a bundle.
@@ -38,7 +38,13 @@ class Sample:
 
 def tuned_model(sample: Sample, method: str, seed: int = 5) -> torch.nn.Module:
     """The bundle's model with every trainable tensor moved, as after tuning."""
-    model = prepare_tuning(sample.bundle.load_model(), PLAN, method, LoraSettings(rank=3))  # type: ignore[arg-type]
+    model = prepare_tuning(
+        sample.bundle.load_model(),
+        PLAN,
+        method,  # type: ignore[arg-type]
+        LoraSettings(rank=3),
+        BottleneckSettings(size=5),
+    )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -27,7 +27,7 @@ from ot_ray.errors import (
     StoreUnavailableError,
     UnsupportedModelError,
 )
-from ot_ray.model import FAMILIES, ModelConfig, SplitPlan, check_tokenizer, emulate
+from ot_ray.model import TEXT_FAMILIES, ModelConfig, SplitPlan, check_tokenizer, emulate
 from ot_ray.store import LocalStore, open_store, upload_folder
 from tests.artifacts.samples import tiny_tokenizer
 from tests.artifacts.test_weights import Recording
@@ -89,7 +89,7 @@ def assert_same(ours: PreTrainedModel, theirs: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize("dtype", sorted(TYPES))
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(TEXT_FAMILIES))
 def test_equals_from_pretrained(tmp_path: Path, family: str, dtype: str) -> None:
     folder = write(tmp_path, family)
     assert_same(load_full(of(folder, dtype)), reference(folder, dtype))
@@ -105,7 +105,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, 
     save_file(change(tensors), folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(TEXT_FAMILIES))
 def test_names_as_the_hub_has_them(tmp_path: Path, family: str) -> None:
     """Without the base model's prefix, and with tensors that the model does not know."""
     folder, prefix = write(tmp_path, family), PREFIXES.get(family, "model.")
@@ -152,7 +152,7 @@ def test_without_a_generation_config(opt: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", sorted(TYPES))
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(TEXT_FAMILIES))
 def test_emulated_equals_emulate(tmp_path: Path, family: str, dtype: str) -> None:
     folder = write(tmp_path, family)
     emulated = load_emulated(of(folder, dtype), PLAN, KEPT)

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ot_ray.errors import SplitError, UnsupportedModelError
 from ot_ray.model import SplitPlan, adapter_state, depth_of, emulate, family_of, plug_in, uniform_layers
-from ot_ray.model.families import FAMILIES, check_supported, layers_of
+from ot_ray.model.families import FAMILIES, TEXT_FAMILIES, check_supported, layers_of
 from tests.fixtures.models import tiny_model, tokens
 
 PLANS = [
@@ -146,4 +146,6 @@ def test_unsupported_architectures_are_named():
 
 
 def test_the_table_holds_the_promised_families():
-    assert set(FAMILIES) == {"bloom", "gemma2", "gpt2", "llama", "mistral", "opt", "qwen2", "qwen3"}
+    text = {"bloom", "gemma2", "gpt2", "llama", "mistral", "opt", "qwen2", "qwen3"}
+    assert set(FAMILIES) == text | {"blip_2_vision_model", "clip", "vit"}
+    assert set(TEXT_FAMILIES) == text
