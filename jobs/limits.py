@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 from ot_ray.errors import AlreadyExistsError, ConfigError
+from ot_ray.model import FAMILIES
 from ot_ray.store import LocalStore, open_store
 
 
@@ -23,6 +24,24 @@ def require_length(length: int, shape: PreTrainedConfig) -> None:
     positions = getattr(shape, "max_position_embeddings", None)
     if positions is not None and length > positions:
         raise ConfigError(f"sequence_length is {length}, but the model takes {positions} tokens; use 2..{positions}")
+
+
+def require_kind(model_type: str, text: str, *, images: bool) -> None:
+    """Refuse images for a language model, and text for an image model.
+
+    Args:
+        model_type: of a supported architecture.
+        text: the name of the setting that holds text.
+        images: whether the settings name images.
+
+    Raises:
+        ConfigError: names the setting that the model wants.
+    """
+    takes_images = FAMILIES[model_type].task == "image"
+    if takes_images and not images:
+        raise ConfigError(f"{text} is set, but a model of type {model_type} takes images; set images.source instead")
+    if images and not takes_images:
+        raise ConfigError(f"images is set, but a model of type {model_type} takes text; set {text} instead")
 
 
 def require_empty(field: str, address: str) -> None:

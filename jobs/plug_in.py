@@ -9,7 +9,8 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from jobs.command import config_file, run_command
-from jobs.limits import require_length
+from jobs.images.evaluation import image_report
+from jobs.limits import require_kind, require_length
 from ot_ray.artifacts import (
     BundleSource,
     InspectionLimits,
@@ -21,6 +22,7 @@ from ot_ray.artifacts import (
 )
 from ot_ray.config import Config
 from ot_ray.data import DataConfig, load_sequences
+from ot_ray.data.images import ImageConfig
 from ot_ray.errors import AdapterRejectedError
 from ot_ray.evaluation import perplexity
 from ot_ray.model import ModelConfig, adapter_state, plug_in
@@ -46,10 +48,15 @@ class PlugInConfig(Config):
     """Folder or address of the registry of plug-ins."""
     data: DataConfig | None = None
     """Text on which the plug-in model is compared with the full one before it is promoted."""
+    images: ImageConfig | None = None
+    """For an image model, images of the adapter's classes on which the plug-in model is compared with the tuned
+    emulated one before it is promoted: the full model's own head has other classes."""
     sequence_length: int = Field(default=512, ge=2)
     """Tokens of a sequence of the evaluation."""
     max_perplexity_ratio: float | None = Field(default=None, gt=0)
     """The plug-in's perplexity over the full model's must not exceed this; unset, it is only reported."""
+    min_accuracy: float | None = Field(default=None, ge=0, le=1)
+    """The plug-in's accuracy on `images` must be at least this; unset, it is only reported."""
     limits: InspectionLimits = InspectionLimits()
     """How large an adapter may be."""
 
@@ -60,6 +67,13 @@ class PlugInConfig(Config):
                 f"max_perplexity_ratio is {self.max_perplexity_ratio}, but data is not set, so that no perplexity is "
                 "known; set data.source"
             )
+        if self.min_accuracy is not None and self.images is None:
+            raise ValueError(
+                f"min_accuracy is {self.min_accuracy}, but images is not set, so that no accuracy is known; set "
+                "images.source"
+            )
+        if self.data is not None and self.images is not None:
+            raise ValueError("data is for language models and images for image models, and both are set; keep one")
         return self
 
 
@@ -70,7 +84,10 @@ def run(config: PlugInConfig) -> dict[str, Any]:
         folder = Path(temporary) / "adapter"
         download_folder(open_store(config.adapter), "", folder)
         inspected = inspect_adapter(folder, bundle.manifest, config.limits)
+        emulated = bundle.load_model() if config.images is not None else None
     source = open_model_source(config.model)
+    if config.data is not None or config.images is not None:
+        require_kind(source.config.model_type, "data", images=config.images is not None)
     if config.data is not None:
         require_length(config.sequence_length, source.config)
     model = load_full(config.model, source=source)
@@ -82,6 +99,9 @@ def run(config: PlugInConfig) -> dict[str, Any]:
         report["full_perplexity"] = perplexity(model, sequences)
         report["plug_in_perplexity"] = perplexity(plug_in(model, plan, state), sequences)
         _check_quality(report, config.max_perplexity_ratio)
+    if config.images is not None and emulated is not None:
+        report = image_report(config.images, source.processor(), emulated, model, plan, inspected)
+        _check_accuracy(report, config.min_accuracy)
     registry = Registry(open_store(config.store))
     record = registry.add(
         config.model.name,
@@ -91,6 +111,7 @@ def run(config: PlugInConfig) -> dict[str, Any]:
         bundle_id=bundle.manifest.bundle_id,
         plan=plan,
         report=report,
+        classes=inspected.manifest.classes,
     )
     registry.promote(record.model_id)
     return {"model_id": record.model_id, "bundle_id": record.bundle_id, "report": report}
@@ -102,6 +123,14 @@ def _check_quality(report: dict[str, float], limit: float | None) -> None:
         raise AdapterRejectedError(
             f"the plug-in model's perplexity is {report['plug_in_perplexity']:.2f}, {ratio:.2f} times the full model's "
             f"{report['full_perplexity']:.2f}, and max_perplexity_ratio is {limit}; it is not promoted"
+        )
+
+
+def _check_accuracy(report: dict[str, float], least: float | None) -> None:
+    if least is not None and not report["plug_in_accuracy"] >= least:
+        raise AdapterRejectedError(
+            f"the plug-in model's accuracy is {report['plug_in_accuracy']:.1%}, and min_accuracy is {least:.1%}; it is "
+            "not promoted"
         )
 
 

@@ -1,5 +1,5 @@
 """The report that every evaluation of offsite tuning makes: five settings, and the two numbers that
-say whether the bargain holds. How each perplexity is computed is perplexity.py's."""
+say whether the bargain holds. How each figure is computed is perplexity.py's and accuracy.py's."""
 
 from __future__ import annotations
 
@@ -20,14 +20,33 @@ SETTINGS = {
 
 
 @dataclass(frozen=True)
+class Measure:
+    """What a figure says of a model."""
+
+    name: str
+    lower_is_better: bool
+    form: str
+    """How a figure is written, as a format specification."""
+
+    def better(self, one: float, other: float) -> bool:
+        """Whether the first figure is the better one; neither is where one is not a number."""
+        return one < other if self.lower_is_better else one > other
+
+
+PERPLEXITY = Measure("perplexity", True, ".2f")
+ACCURACY = Measure("accuracy", False, ".1%")
+
+
+@dataclass(frozen=True)
 class FiveSettings:
-    """Perplexities on one test split, as in the paper's Table 1."""
+    """Perplexities on one test split, as in the paper's Table 1, or accuracies (0 to 1), as in its Table 3."""
 
     full_zero_shot: float
     emulator_zero_shot: float
     full_fine_tuned: float
     ot_emulator: float
     ot_plug_in: float
+    measure: Measure = PERPLEXITY
 
     @property
     def gap_closed(self) -> float:
@@ -37,24 +56,29 @@ class FiveSettings:
 
     @property
     def emulator_worse_by(self) -> float:
-        """How much higher the tuned emulator's perplexity is than the plug-in's (0.1 is 10 %): what the
-        customer gains by coming back to the owner, and what keeps the emulator from replacing the model."""
-        return self.ot_emulator / self.ot_plug_in - 1
+        """How much higher the tuned emulator's perplexity is than the plug-in's (0.1 is 10 %), or how much lower its
+        accuracy is, as a share of the plug-in's: what the customer gains by coming back to the owner, and what keeps
+        the emulator from replacing the model."""
+        if not self.ot_plug_in:
+            return float("nan")
+        ratio = self.ot_emulator / self.ot_plug_in
+        return ratio - 1 if self.measure.lower_is_better else 1 - ratio
 
     def broken_promises(self) -> list[str]:
         """The inequalities of the paper (section 2.2) that do not hold; empty when all is well."""
+        better = self.measure.better
         wanted = [
-            (self.full_zero_shot > self.ot_plug_in, "the plug-in is no better than the untuned full model"),
-            (self.ot_emulator > self.ot_plug_in, "the tuned emulator is no worse than the plug-in"),
-            (self.emulator_zero_shot > self.full_zero_shot, "the emulator is no worse than the full model"),
+            (better(self.ot_plug_in, self.full_zero_shot), "the plug-in is no better than the untuned full model"),
+            (better(self.ot_plug_in, self.ot_emulator), "the tuned emulator is no worse than the plug-in"),
+            (better(self.full_zero_shot, self.emulator_zero_shot), "the emulator is no worse than the full model"),
         ]
         return [text for holds, text in wanted if not holds]
 
     def table(self) -> str:
         """A text table for a terminal."""
         width = max(map(len, SETTINGS.values()))
-        lines = [f"{'setting':<{width}}  perplexity", f"{'-' * width}  ----------"]
-        lines += [f"{label:<{width}}  {getattr(self, name):>10.2f}" for name, label in SETTINGS.items()]
+        lines = [f"{'setting':<{width}}  {self.measure.name:>10}", f"{'-' * width}  ----------"]
+        lines += [f"{label:<{width}}  {self._written(name):>10}" for name, label in SETTINGS.items()]
         lines += [
             "",
             f"plug-in closes {self.gap_closed:.0%} of the gap from zero-shot to full fine-tuning; "
@@ -64,7 +88,11 @@ class FiveSettings:
 
     def as_dict(self) -> dict[str, float]:
         """All figures by name, the two derived ones included."""
-        return {**asdict(self), "gap_closed": self.gap_closed, "emulator_worse_by": self.emulator_worse_by}
+        figures = {name: value for name, value in asdict(self).items() if name != "measure"}
+        return {**figures, "gap_closed": self.gap_closed, "emulator_worse_by": self.emulator_worse_by}
+
+    def _written(self, name: str) -> str:
+        return format(getattr(self, name), self.measure.form)
 
     def write(self, folder: str | Path, title: str) -> dict[str, str]:
         """Write `five_settings.json` and `five_settings.png` into a folder.
@@ -81,13 +109,14 @@ class FiveSettings:
         partial = folder / "five_settings.partial"
         draw(self, title, partial)
         os.replace(partial, picture)
-        partial.write_text(json.dumps({"title": title, **self.as_dict()}, indent=2) + "\n", encoding="utf-8")
+        described = {"title": title, "measure": self.measure.name, **self.as_dict()}
+        partial.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         os.replace(partial, numbers)
         return {"json": str(numbers), "chart": str(picture)}
 
 
 def draw(report: FiveSettings, title: str, path: str | Path) -> None:
-    """Draw the five perplexities as horizontal bars into a PNG file.
+    """Draw the five figures as horizontal bars into a PNG file.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -101,10 +130,11 @@ def draw(report: FiveSettings, title: str, path: str | Path) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.add_subplot()
     bars = axes.barh(list(SETTINGS.values()), values, color=colours, height=0.62)
-    axes.bar_label(bars, labels=[f"{value:.2f}" for value in values], padding=4, fontsize=9)
+    axes.bar_label(bars, labels=[format(value, report.measure.form) for value in values], padding=4, fontsize=9)
     axes.invert_yaxis()
     axes.set_xlim(0, max(values) * 1.12)
-    axes.set_xlabel("perplexity on the customer's test split (lower is better)")
+    direction = "lower" if report.measure.lower_is_better else "higher"
+    axes.set_xlabel(f"{report.measure.name} on the customer's test split ({direction} is better)")
     figure.suptitle(
         f"{title}\nplug-in closes {report.gap_closed:.0%} of the gap to full fine-tuning; "
         f"the tuned emulator is {report.emulator_worse_by:.1%} worse than the plug-in",

@@ -59,7 +59,7 @@ def test_files_are_written_and_replaced_whole(tmp_path):
     paths = GOOD.write(folder, "quickstart")
     assert sorted(path.name for path in folder.iterdir()) == ["five_settings.json", "five_settings.png"]
     with open(paths["json"], encoding="utf-8") as file:
-        assert json.load(file) == {"title": "quickstart", **GOOD.as_dict()}
+        assert json.load(file) == {"title": "quickstart", "measure": "perplexity", **GOOD.as_dict()}
     picture = image.imread(paths["chart"])
     assert picture.shape[0] > 300 and picture.shape[1] > 800
     # Five bars of five colours, on white.
