@@ -1,60 +1,68 @@
-"""The five settings of offsite tuning on one test split: a table, a JSON file and a chart."""
+"""The five settings of offsite tuning: perplexities on one test split, and scores on tasks of the
+lm-evaluation-harness, each as a table and files."""
 
 from __future__ import annotations
 
+import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
 
 from jobs.command import config_file, run_command
-from jobs.limits import require_folder, require_length
-from ot_ray.artifacts import BundleSource, inspect_adapter, load_full, open_model_source, plain_state
-from ot_ray.config import Config
-from ot_ray.data import DataConfig, PackedSequence, load_sequences
+from jobs.evaluation.config import EvaluateConfig
+from jobs.evaluation.scores import score_settings
+from jobs.images.evaluation import measure_images
+from jobs.limits import require_folder, require_kind, require_length
+from ot_ray.artifacts import inspect_adapter, load_full, open_model_source, plain_state
+from ot_ray.data import PackedSequence, load_sequences
 from ot_ray.evaluation import FiveSettings, perplexity
-from ot_ray.model import ModelConfig, adapter_state, plug_in
+from ot_ray.model import adapter_state, plug_in
 from ot_ray.progress import Progress
 from ot_ray.store import download_folder, open_store
 from ot_ray.training import TrainingConfig, fit
 
-
-class EvaluateConfig(Config):
-    """A model, its bundle, a tuned adapter, and the text on which all five settings are compared."""
-
-    model: ModelConfig
-    """The full model."""
-    bundle: BundleSource
-    """The bundle that was tuned."""
-    adapter: str
-    """Folder or address of the tuned adapter."""
-    train: DataConfig
-    """What the adapter was tuned on: the reference, full fine-tuning, is trained on the same."""
-    test: DataConfig
-    """The test split."""
-    sequence_length: int = Field(default=512, ge=2)
-    """Tokens of a sequence."""
-    training: TrainingConfig
-    """The optimiser run of full fine-tuning; for a fair comparison, the adapter's own."""
-    output: str
-    """Folder for `five_settings.json` and `five_settings.png`."""
+__all__ = ["EvaluateConfig", "measure", "run"]
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
-    """Report perplexity of the five settings on the test split."""
+    """Report the five settings: perplexity on the test split, and scores on tasks.
+
+    Scores are kept by what decides them, so that the same inputs compute nothing the second time.
+    """
     require_folder("output", config.output)
-    report = measure(config)
-    # First, so that the figures are seen whatever happens to the files.
-    print(report.table(), flush=True)
-    files = report.write(config.output, f"{config.model.name}: offsite tuning, five settings")
-    return {**report.as_dict(), **files}
+    found: dict[str, Any] = {}
+    if config.harness is not None:
+        found |= _score_tasks(config)
+    if config.test is not None or config.test_images is not None:
+        report = measure_images(config) if config.test_images is not None else measure(config)
+        # First, so that the figures are seen whatever happens to the files.
+        print(report.table(), flush=True)
+        files = report.write(config.output, f"{config.model.name}: offsite tuning, five settings")
+        found |= {"measure": report.measure.name, **report.as_dict(), **files}
+    return found
+
+
+def _score_tasks(config: EvaluateConfig) -> dict[str, Any]:
+    scores = score_settings(config)
+    text, figures = scores.table.text(), scores.table.as_dict()
+    print(text, flush=True)
+    folder = Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in (("txt", text), ("json", json.dumps({"model": config.model.name, **figures}, indent=2))):
+        partial = folder / "task_scores.partial"
+        partial.write_text(content + "\n", encoding="utf-8")
+        os.replace(partial, folder / f"task_scores.{name}")
+    return {"tasks": figures, "scores_computed": scores.computed, "task_scores": str(folder / "task_scores.json")}
 
 
 def measure(config: EvaluateConfig) -> FiveSettings:
     """Compute the five perplexities; full fine-tuning is trained here, for reference."""
+    assert config.bundle and config.adapter and config.train and config.test
     source = open_model_source(config.model)
+    require_kind(source.config.model_type, "test", images=False)
     tokenizer = source.tokenizer()
     require_length(config.sequence_length, source.config)
     test = load_sequences(config.test, tokenizer, config.sequence_length).sequences
