@@ -4,16 +4,21 @@ from ot_ray.launch.cluster import ray_cluster
 from ot_ray.launch.jobs import JobLauncher, JobSpec, RayJobLauncher, wait_for_job
 from ot_ray.launch.metrics import RunMetrics
 from ot_ray.launch.ports import require_free_port
+from ot_ray.launch.search import Found, SearchConfig, Trial, search_rates
 from ot_ray.launch.workers import WorkerGroup, run_workers
 
 __all__ = [
+    "Found",
     "JobLauncher",
     "JobSpec",
     "RayJobLauncher",
     "RunMetrics",
+    "SearchConfig",
+    "Trial",
     "WorkerGroup",
     "ray_cluster",
     "require_free_port",
     "run_workers",
+    "search_rates",
     "wait_for_job",
 ]

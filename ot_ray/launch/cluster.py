@@ -10,14 +10,17 @@ import re
 import secrets
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from ot_ray.errors import LaunchError, MissingDependencyError
 
 _ADDRESS = re.compile(r"(?:ray://)?(?P<host>[^/:\s]+|\[[0-9a-fA-F:]+\]):(?P<port>[0-9]{1,5})")
 _CONNECT_SECONDS = 5.0
+_BUSY_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -72,14 +75,33 @@ def ray_cluster(
     new = {} if address else {"num_cpus": num_cpus, "include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}
     try:
         with _free_agent_port():
-            ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=show_logs, **new)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+            _init(address, log_to_driver=show_logs, **new)
+    except Exception as error:  # of a node that does not come up in time, Ray says so in a bare one
         target = f"connect to Ray at {address}" if address else "start a local Ray"
-        raise LaunchError(f"could not {target}: {str(error).strip()}; check the address and `ray status`") from None
+        cause = f" ({str(error.__cause__).strip()})" if error.__cause__ is not None else ""
+        raise LaunchError(
+            f"could not {target}: {str(error).strip()}{cause}; check the address and `ray status`"
+        ) from None
     try:
         yield _address()
     finally:
         ray.shutdown()
+
+
+def _init(address: str | None, **options: Any) -> None:
+    import ray
+
+    deadline = time.monotonic() + _BUSY_SECONDS
+    while True:
+        try:
+            ray.init(address=address or "local", logging_level=logging.ERROR, **options)
+        except ConnectionError:
+            # Somebody listens there: a cluster with much to do may miss Ray's own, short deadlines.
+            if address is None or time.monotonic() > deadline:
+                raise
+            time.sleep(1.0)
+        else:
+            return
 
 
 def _require_listener(address: str) -> None:

@@ -131,12 +131,13 @@ def _chain(failure: BaseException | None) -> Iterator[BaseException]:
 def _reason(error: BaseException, dead: list[BaseException]) -> str:
     if dead:
         died = "a worker died" if len(dead) == 1 else f"{len(dead)} workers died"
-        return f"{died}: {_first_line(_cause(dead[0]))}"
+        return f"{died}: {first_line(_cause(dead[0]))}"
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What Ray says of the end of an actor, in one line."""
     # Ray's report begins with a table of the actor; what happened to it follows.
     lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("\t")]
     return (lines[1] if len(lines) > 1 else lines[0] if lines else type(error).__name__).strip()

@@ -14,6 +14,7 @@ GAUGES = {
     "lr": "Learning rate of the last step.",
     "seconds": "Seconds that the last step took.",
     "tokens_per_s": "Tokens a second, all workers together.",
+    "images_per_s": "Images a second, all workers together.",
     "data_wait_share": "Share of the step in which the worker waited for data, 0 to 1.",
     "mfu": "Model FLOPs utilisation, 0 to 1.",
     "seconds_left": "Seconds expected until the run is done.",
