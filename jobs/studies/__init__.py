@@ -1,0 +1,1 @@
+"""The parts of `jobs.study`: its configuration, what one row computes, and running rows side by side."""
