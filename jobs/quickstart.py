@@ -27,8 +27,9 @@ from ot_ray.data import DataConfig, StreamConfig, write_quickstart_data
 from ot_ray.evaluation import FiveSettings
 from ot_ray.launch import JobSpec, RayJobLauncher, WorkerGroup, ray_cluster, require_free_port, wait_for_job
 from ot_ray.launch.cluster import ClusterAddress
-from ot_ray.model import DistillLoss, LoraSettings, Method, ModelConfig, SplitPlan
+from ot_ray.model import BottleneckSettings, DistillLoss, LoraSettings, Method, ModelConfig, SplitPlan
 from ot_ray.training import TrainingConfig
+from ot_ray.training.distill_config import DistillTraining
 
 MODEL, TENANT, SUFFIX, VERSION = "docs", "acme", "reference", "1"
 
@@ -46,7 +47,7 @@ class QuickstartConfig(Config):
     """Tokens of a sequence, in every step."""
     loss: DistillLoss = DistillLoss()
     """Weights of the distillation objective."""
-    distil: TrainingConfig
+    distil: DistillTraining
     """The distillation, on two workers."""
     workers: WorkerGroup = WorkerGroup(count=2)
     """Who distils."""
@@ -54,6 +55,8 @@ class QuickstartConfig(Config):
     """The tuning method."""
     lora: LoraSettings = LoraSettings()
     """For method `lora`."""
+    bottleneck: BottleneckSettings = BottleneckSettings()
+    """For method `bottleneck`."""
     tune: TrainingConfig
     """Tuning the adapter, and full fine-tuning for reference."""
     seed: int = Field(default=0, ge=0)
@@ -179,6 +182,7 @@ class _Story:
             sequence_length=self.config.sequence_length,
             method=self.config.method,
             lora=self.config.lora,
+            bottleneck=self.config.bottleneck,
             training=self.config.tune,
             output=str(self.folder / "adapter"),
         )

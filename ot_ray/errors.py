@@ -84,3 +84,7 @@ class LeaseHeldError(OTRayError, RuntimeError):
 
 class LeaseLostError(OTRayError, RuntimeError):
     """This run's lease was taken over, so that it must not publish."""
+
+
+class StudyError(OTRayError, RuntimeError):
+    """Rows of a study failed; the others are kept, and in its report."""

@@ -14,6 +14,7 @@ from tests.jobs.scene import build
 ROOT = Path(__file__).parents[1]
 NOT_AT_HOME = [
     "ray", "deepspeed", "datasets", "boto3", "matplotlib", "fastapi", "starlette", "uvicorn", "pyarrow", "sqlalchemy",
+    "lm_eval",
 ]  # fmt: skip
 AT_HOME = """
 import json, runpy, sys

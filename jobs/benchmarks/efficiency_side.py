@@ -17,6 +17,7 @@ from jobs.benchmarks.shapes import Shape
 from jobs.benchmarks.sides import now, peak_bytes, random_batches, random_model, resident_bytes
 from ot_ray.config import Config
 from ot_ray.model import LanguageModel, LoraSettings, Method, SplitPlan, prepare_tuning, trainable_parameters
+from ot_ray.model.language import compiled_layers
 from ot_ray.training import TorchEngine, TrainingConfig
 
 Side = Literal["FT", "FT+LoRA", "OT", "OT+LoRA", "Trainer"]
@@ -85,10 +86,11 @@ def _ours(config: SideConfig, device: torch.device) -> Measured:
     engine = TorchEngine(LanguageModel(model), training, device=config.device)
     engine.module.train()
     losses, start = [], 0.0
-    for i, batch in enumerate(_batches(config, device)):
-        if i == config.warmup:
-            start = now(device)
-        losses.append(engine.step(batch, LEARNING_RATE)["loss"])
+    with compiled_layers(model, config.compile):
+        for i, batch in enumerate(_batches(config, device)):
+            if i == config.warmup:
+                start = now(device)
+            losses.append(engine.step(batch, LEARNING_RATE)["loss"])
     return Measured(
         seconds=now(device) - start, losses=losses, trainable_parameters=trainable_parameters(engine.module)
     )

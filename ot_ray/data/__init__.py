@@ -9,8 +9,8 @@ from ot_ray.data.digest import resolved_revision, source_digest
 from ot_ray.data.documents import DataConfig, read_documents
 from ot_ray.data.examples import Conversation, Document, Example, Message, Segment
 from ot_ray.data.files import FileInfo, Files, bucket_address
-from ot_ray.data.load import Counts, PackedDataset, load_sequences
-from ot_ray.data.packing import PackedSequence, collate, pack
+from ot_ray.data.load import Counts, PackedDataset, first_sequences, load_sequences
+from ot_ray.data.packing import PackedSequence, collate, pack, without_padding
 from ot_ray.data.streaming import StreamConfig, TextStream, open_stream
 from ot_ray.data.tokens import TokenSpan, tokenize
 
@@ -34,6 +34,7 @@ __all__ = [
     "bucket_address",
     "collate",
     "docstrings",
+    "first_sequences",
     "language_reference",
     "load_sequences",
     "open_stream",
@@ -43,5 +44,6 @@ __all__ = [
     "rows_of",
     "source_digest",
     "tokenize",
+    "without_padding",
     "write_quickstart_data",
 ]

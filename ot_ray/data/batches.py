@@ -4,13 +4,13 @@ The loop that asks for batches, and the checkpoint that keeps the position, belo
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from ot_ray.data.packing import PackedSequence, collate
+from ot_ray.data.order import EpochOrder
+from ot_ray.data.packing import PackedSequence, collate, without_padding
 from ot_ray.errors import ConfigError, DataError, TrainingError
 
 
@@ -21,7 +21,8 @@ class Batches(Protocol):
         """This rank's rows of the next global batch, those of `rows_of`. Every rank calls it for each batch.
 
         Returns:
-            int64 `input_ids`, `position_ids` and `labels`, and bool `real`, of shape [rows, T].
+            Of text, int64 `input_ids`, `position_ids` and `labels`, and bool `real`, of shape [rows, T]; of images,
+            float32 `pixel_values` [rows, channels, height, width] and int64 `labels` [rows].
         """
         ...
 
@@ -61,6 +62,20 @@ def rows_of(batch_size: int, rank: int, world_size: int) -> range:
     return range(first, first + share + (rank < more))
 
 
+def position_in(states: Sequence[Mapping[str, Any]]) -> int:
+    """The number of examples consumed, from the states of all ranks, which are equal, so that the first counts.
+
+    Raises:
+        TrainingError: there is none, or it is not one that `BatchStream.state` returned.
+    """
+    position = states[0].get("position") if states else None
+    if not isinstance(position, int) or isinstance(position, bool) or position < 0:
+        raise TrainingError(
+            f"the checkpoint's data position is {position!r}, not a count of sequences; resume from another checkpoint"
+        )
+    return position
+
+
 class BatchStream:
     """Batches without end; each epoch shows every sequence once, in an order of its own.
 
@@ -84,10 +99,8 @@ class BatchStream:
             raise ConfigError(f"batch_size is {batch_size}; use 1 or more")
         self._sequences = sequences
         self._batch_size = batch_size
-        self._seed = seed
+        self._order = EpochOrder(len(sequences), seed)
         self._position = 0
-        self._epoch = -1
-        self._order: list[int] = []
 
     def next_batch(self, rank: int = 0, world_size: int = 1) -> dict[str, Tensor]:
         """This rank's rows of the next global batch, which crosses an epoch's border where it must.
@@ -95,15 +108,15 @@ class BatchStream:
         Every rank calls this once for each batch. Ranks in order hold the global batch's rows in order.
 
         Returns:
-            `collate`'s tensors of shape [rows, T].
+            `collate`'s tensors of shape [rows, T], without the columns that are padding in all of these rows.
 
         Raises:
             ConfigError: `batch_size` is below `world_size`, or there is no such rank.
         """
         rows = rows_of(self._batch_size, rank, world_size)
-        sequences = [self._sequences[self._index(self._position + row)] for row in rows]
+        sequences = [self._sequences[self._order.at(self._position + row)] for row in rows]
         self._position += self._batch_size
-        return collate(sequences)
+        return without_padding(collate(sequences))
 
     def state(self) -> dict[str, int]:
         """What a checkpoint keeps: the number of sequences consumed, the same on every rank."""
@@ -115,21 +128,7 @@ class BatchStream:
         Raises:
             TrainingError: there is none, or it is not one that `state` returned.
         """
-        position = states[0].get("position") if states else None
-        if not isinstance(position, int) or isinstance(position, bool) or position < 0:
-            raise TrainingError(
-                f"the checkpoint's data position is {position!r}, not a count of sequences; "
-                "resume from another checkpoint"
-            )
-        self._position = position
+        self._position = position_in(states)
 
     def close(self) -> None:
         """Nothing to free: the sequences are the caller's."""
-
-    def _index(self, place: int) -> int:
-        epoch, offset = divmod(place, len(self._sequences))
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = list(range(len(self._sequences)))
-            random.Random(f"{self._seed}/{epoch}").shuffle(self._order)
-        return self._order[offset]

@@ -11,6 +11,7 @@ from typing import Any
 
 from ot_ray.data.documents import DataConfig
 from ot_ray.data.files import S3, FileInfo, Files, LocalFiles, SourceFile, find_files
+from ot_ray.data.tasks import read_task
 from ot_ray.errors import DataError, MissingDependencyError
 
 _TEXT_FIELDS = {"split", "text_field", "document_separator", "limit"}
@@ -20,8 +21,8 @@ def source_digest(config: DataConfig, files: Files | None = None) -> str:
     """A sha256 that is equal for equal content read in the same way, wherever the content lies.
 
     Local files count by name below the source and content; files in a bucket by key, size and ETag, which
-    are read without the content; a Hugging Face dataset by name and commit. How a stream shuffles or
-    prefetches does not count.
+    are read without the content; a Hugging Face dataset by name and commit; a task by its examples. How a
+    stream shuffles or prefetches does not count.
 
     Args:
         files: lists the files of `s3://` sources.
@@ -29,9 +30,12 @@ def source_digest(config: DataConfig, files: Files | None = None) -> str:
     Raises:
         DataError: nothing is found there, a file in a bucket has no ETag, or a commit cannot be learnt.
         ConfigError: an `s3://` source without `files`.
-        MissingDependencyError: a Hugging Face dataset needs the `eval` extra.
+        MissingDependencyError: a Hugging Face dataset needs the `eval` extra, a task `lm-eval`.
     """
-    content = _dataset(config, config.dataset) if config.dataset else _files(config, files)
+    if config.task:
+        content = _task(config, config.task)
+    else:
+        content = _dataset(config, config.dataset) if config.dataset else _files(config, files)
     settings = config.model_dump(mode="json", include=_TEXT_FIELDS)
     text = json.dumps([settings, content], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -102,3 +106,10 @@ def _dataset(config: DataConfig, name: str) -> list[Any]:
         infos = list(LocalFiles().list(name))
         return [[Path(info.key).relative_to(name).as_posix(), *_content(info)] for info in infos]
     return [name, resolved_revision(config)]
+
+
+def _task(config: DataConfig, name: str) -> list[Any]:
+    digest = hashlib.sha256()
+    for record in read_task(name, config.split, config.tasks_folder):
+        digest.update(json.dumps(record.raw, sort_keys=True).encode() + b"\n")
+    return [digest.hexdigest()]

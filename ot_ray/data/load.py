@@ -5,6 +5,7 @@ The parts live in `documents`, `tokens` and `packing`; batches are `batches`' pa
 from __future__ import annotations
 
 import hashlib
+import itertools
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 from ot_ray.data.documents import DataConfig, read_documents
 from ot_ray.data.examples import Document
 from ot_ray.data.files import Files
-from ot_ray.data.packing import IGNORE, PackedSequence, pack
+from ot_ray.data.packing import IGNORE, PackedSequence, pack, packing
 from ot_ray.data.tokens import TokenSpan, tokenize
 from ot_ray.errors import ConfigError, DataError
 from ot_ray.progress import Progress
@@ -90,6 +91,22 @@ def load_sequences(
         dropped=intake.dropped,
     )
     return PackedDataset(sequences, counts, _digest(sequences))
+
+
+def first_sequences(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, length: int, count: int, files: Files | None = None
+) -> list[PackedSequence]:
+    """The first `count` sequences of `load_sequences`, or all if there are fewer; the rest is not read.
+
+    Raises:
+        ConfigError, DataError, MissingDependencyError: as `load_sequences` does.
+    """
+    check_length(length, tokenizer)
+    spans = _Intake(tokenizer, length).spans(read_documents(config, files))
+    sequences = list(itertools.islice(packing(spans, length, pad_id(tokenizer)), count))
+    if not sequences:
+        raise DataError(f"{config.name}: there is nothing to learn in it at {length} tokens; check the data")
+    return sequences
 
 
 def check_length(length: int, tokenizer: PreTrainedTokenizerBase) -> None:

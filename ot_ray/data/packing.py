@@ -5,7 +5,7 @@ Letters: B sequences, T tokens. Keeping documents apart in attention is the mode
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,19 +168,39 @@ def pack(spans: Iterable[TokenSpan], length: int, pad_id: int) -> list[PackedSeq
     Raises:
         ConfigError: `length` is below 2, or a span that must not be split is longer than `length`.
     """
+    return list(packing(spans, length, pad_id))
+
+
+def packing(spans: Iterable[TokenSpan], length: int, pad_id: int) -> Iterator[PackedSequence]:
+    """The sequences of `pack` as they are finished; of the spans no more are taken than that needs."""
     packer = Packer(length, pad_id)
-    packed: list[PackedSequence | None] = []
     for span in spans:
         start = 0
         while start < len(span.input_ids):
             start, finished = packer.add(span, start)
-            packed.append(finished)
+            if finished is not None:
+                yield finished
     while not packer.is_empty:
-        packed.append(packer.flush())
-    return [sequence for sequence in packed if sequence is not None]
+        flushed = packer.flush()
+        if flushed is not None:
+            yield flushed
 
 
 def collate(sequences: Sequence[PackedSequence]) -> dict[str, Tensor]:
     """Stack B sequences of one length into tensors of shape [B, T], one for each field, by its name."""
     fields = ("input_ids", "position_ids", "labels", "real")
     return {name: torch.stack([getattr(sequence, name) for sequence in sequences]) for name in fields}
+
+
+def without_padding(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Cut the columns at the end that are padding in every row; what the model says of real tokens stays.
+
+    Args:
+        batch: as `collate` makes it. One without `real` is given back as it is.
+    """
+    real = batch.get("real")
+    if real is None:
+        return dict(batch)
+    # A sequence is real from its start on, so that the longest row says where the last real column is.
+    length = max(int(real.sum(1).max()), 1)
+    return {name: tensor[:, :length] for name, tensor in batch.items()}

@@ -1,4 +1,4 @@
-"""Perplexity of a model on packed sequences."""
+"""Perplexity of a model on packed sequences, without ever holding whole logits."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch.nn import functional as F
+from peft import PeftModel
 from transformers import PreTrainedModel
 
-from ot_ray.data import PackedSequence, collate
+from ot_ray.data import PackedSequence, collate, without_padding
 from ot_ray.errors import DataError
-from ot_ray.model import isolated_documents
+from ot_ray.model import LanguageModel
+from ot_ray.model.distill import body_output
+from ot_ray.model.losses import IGNORED
 
 
-def mean_loss(model: PreTrainedModel, sequences: Sequence[PackedSequence], batch_size: int = 8) -> float:
+def mean_loss(model: PreTrainedModel | PeftModel, sequences: Sequence[PackedSequence], batch_size: int = 8) -> float:
     """Mean negative log-likelihood in nats over every token that counts, each once; documents kept apart.
 
     Args:
@@ -27,9 +29,10 @@ def mean_loss(model: PreTrainedModel, sequences: Sequence[PackedSequence], batch
     training = model.training
     model.eval()
     try:
-        with torch.inference_mode(), isolated_documents(model), _one_dtype(model):
+        with torch.inference_mode(), _one_dtype(model):
+            language = LanguageModel(model)
             sums = [
-                _summed_loss(model, sequences[start : start + batch_size])
+                _summed_loss(language, sequences[start : start + batch_size])
                 for start in range(0, len(sequences), batch_size)
             ]
     finally:
@@ -40,23 +43,21 @@ def mean_loss(model: PreTrainedModel, sequences: Sequence[PackedSequence], batch
     return sum(loss for loss, _ in sums) / count
 
 
-def perplexity(model: PreTrainedModel, sequences: Sequence[PackedSequence], batch_size: int = 8) -> float:
+def perplexity(model: PreTrainedModel | PeftModel, sequences: Sequence[PackedSequence], batch_size: int = 8) -> float:
     """`exp` of `mean_loss`."""
     return math.exp(mean_loss(model, sequences, batch_size))
 
 
-def _summed_loss(model: PreTrainedModel, sequences: Sequence[PackedSequence]) -> tuple[float, int]:
+def _summed_loss(model: LanguageModel, sequences: Sequence[PackedSequence]) -> tuple[float, int]:
     """Negative log-likelihood of the tokens that count, and how many they are."""
     device = next(model.parameters()).device
-    batch = {name: tensor.to(device) for name, tensor in collate(sequences).items()}
-    output = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
-    targets = batch["labels"][:, 1:]
-    wanted = targets != -100
-    logits = output.logits[:, :-1][wanted].float()
-    return F.cross_entropy(logits, targets[wanted], reduction="sum").item(), int(wanted.sum())
+    batch = {name: tensor.to(device) for name, tensor in without_padding(collate(sequences)).items()}
+    hidden = body_output(model.model, batch["input_ids"], batch["position_ids"])
+    loss = model.head(hidden, batch["labels"], summed=True)
+    return loss.item(), int((batch["labels"][:, 1:] != IGNORED).sum())
 
 
-def _one_dtype(model: PreTrainedModel) -> torch.autocast:
+def _one_dtype(model: torch.nn.Module) -> torch.autocast:
     """Autocast for a model that is being tuned: float32 where it learns, bfloat16 where it is frozen."""
     mixed = len({parameter.dtype for parameter in model.parameters()}) > 1
     return torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=mixed)

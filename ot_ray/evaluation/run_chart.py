@@ -80,7 +80,7 @@ def _curve(axes: Axes, history: Sequence[Row], name: str, label: str) -> None:
 
 
 def _bars(axes: Axes, found: Mapping[str, float], bound: float | None) -> None:
-    axes.set_title("perplexity on held-out text (lower is better)", fontsize=9, loc="left")
+    axes.set_title("perplexity on held-out data (lower is better)", fontsize=9, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     shown = {name: found[name] for name in PERPLEXITIES if math.isfinite(found.get(name, math.nan))}
     if not shown:

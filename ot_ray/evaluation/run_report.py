@@ -101,7 +101,7 @@ class RunReport:
             for name, label in (("loss", "last loss"), ("lm_loss", "last language loss"), ("kd_loss", "last KD loss"))
             if name in last
         ]
-        for name, label, form in (("tokens_per_s", "tokens/s", ",.0f"), ("mfu", "model FLOP utilisation", ".1%")):
+        for name, label, form in _RATES:
             values = [row[name] for row in self.history if math.isfinite(row.get(name, math.nan))]
             figures += [(f"{label}, median", format(statistics.median(values), form))] if values else []
         figures.append(("waiting for data, share of all steps", f"{self._waiting():.2%}"))
@@ -116,6 +116,13 @@ class RunReport:
         return sum(row.get("data_wait", 0.0) for row in self.history) / seconds if seconds else 0.0
 
 
+_RATES = (
+    ("tokens_per_s", "tokens/s", ",.0f"),
+    ("images_per_s", "images/s", ",.1f"),
+    ("mfu", "model FLOP utilisation", ".1%"),
+)
+
+
 def _verdict(verdict: Verdict) -> str:
     lines = "".join(f"<li>{escape(text)}</li>" for text in (*verdict.reasons, *verdict.notes))
     kind, text = ("passed", "Passed the gate.") if verdict.passed else ("failed", "Rejected: kept, not published.")
@@ -124,9 +131,9 @@ def _verdict(verdict: Verdict) -> str:
 
 def _gap(found: Mapping[str, float]) -> str:
     if not found:
-        return "<p>Not measured: no held-out text was given.</p>"
+        return "<p>Not measured: no held-out data was given.</p>"
     rows = [(PERPLEXITIES.get(name, name), f"{value:.4g}") for name, value in found.items()]
-    return "<p>Perplexity on held-out text:</p>" + _table(rows)
+    return "<p>Perplexity on held-out data:</p>" + _table(rows)
 
 
 def _interruptions(history: Sequence[Row]) -> str:

@@ -9,7 +9,7 @@ from ot_ray.training.emulator_weights import distilled_state
 from ot_ray.training.engine import Engine, TorchEngine
 from ot_ray.training.loop import TrainingResult, train
 from ot_ray.training.schedule import lr_at
-from ot_ray.training.tuning import fit
+from ot_ray.training.tuning import fit, fit_images
 
 __all__ = [
     "Checkpoints",
@@ -22,6 +22,7 @@ __all__ = [
     "distill",
     "distilled_state",
     "fit",
+    "fit_images",
     "kept_layers",
     "lr_at",
     "train",

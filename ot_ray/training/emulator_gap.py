@@ -6,12 +6,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
 import torch
+from torch import Tensor
+from transformers import BaseImageProcessor
 
-from ot_ray.data import PackedDataset, PackedSequence, collate, rows_of
+from ot_ray.data import PackedDataset, collate, rows_of
+from ot_ray.data.images import LabelledImages, images_at
 from ot_ray.errors import DataError, NotFoundError
 from ot_ray.store import Store
 from ot_ray.training.engine import Engine
@@ -20,18 +24,40 @@ Setting = Literal["full", "emulated"]
 _ROWS = 4
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows to measure perplexity on: packed text, or images with classes of the model's own head."""
+
+    count: int
+    """How many rows there are."""
+    batch: Callable[[Sequence[int]], dict[str, Tensor]]
+    """The rows of these numbers as the engine's module takes them."""
+    digest: str
+    """What identifies them."""
+
+
+def held_out_text(data: PackedDataset) -> HeldOut:
+    """Rows of packed text."""
+    return HeldOut(len(data.sequences), lambda rows: collate([data.sequences[i] for i in rows]), data.digest)
+
+
+def held_out_images(images: LabelledImages, processor: BaseImageProcessor, digest: str) -> HeldOut:
+    """Images, whose labels count in the classes of the model's head: the perplexity is that of the right class."""
+    return HeldOut(len(images), lambda rows: images_at(images, rows, processor), digest)
+
+
 class EmulatorGap:
-    """Perplexities of one run on held-out text. Those before its first step are kept in the store, under the digest of
-    that text, because a run that goes on can no longer measure them.
+    """Perplexities of one run on held-out data. Those before its first step are kept in the store, under the digest of
+    that data, because a run that goes on can no longer measure them.
 
     Args:
-        load: reads, tokenises and packs the text; called when it is first needed. None where there is none.
+        load: reads the data; called when it is first needed. None where there is none.
         prefix: the run's folder in the store.
-        rows: sequences a pass.
+        rows: rows a pass.
     """
 
     def __init__(
-        self, engine: Engine, store: Store, prefix: str, load: Callable[[], PackedDataset] | None, rows: int | None
+        self, engine: Engine, store: Store, prefix: str, load: Callable[[], HeldOut] | None, rows: int | None
     ) -> None:
         self._engine, self._store, self._prefix = engine, store, prefix
         self._load, self._rows = load, rows or _ROWS
@@ -49,7 +75,7 @@ class EmulatorGap:
 
         Returns:
             `full`, `dropped` (the emulated model before distilling; left out where the run began with other held-out
-            text) and `emulated`. Empty where there is no text.
+            data) and `emulated`. Empty where there is no data.
         """
         if self._load is None:
             return {}
@@ -63,25 +89,25 @@ class EmulatorGap:
             return None
 
     @cached_property
-    def _text(self) -> PackedDataset:
+    def _held_out(self) -> HeldOut:
         assert self._load is not None
         return self._load()
 
     @property
     def _key(self) -> str:
-        return f"{self._prefix}/start-{self._text.digest[:16]}.json"
+        return f"{self._prefix}/start-{self._held_out.digest[:16]}.json"
 
     def _of(self, setting: Setting) -> float:
-        return perplexity_over_ranks(self._engine, self._text.sequences, setting, self._rows)
+        return perplexity_over_ranks(self._engine, self._held_out, setting, self._rows)
 
 
-def perplexity_over_ranks(engine: Engine, sequences: Sequence[PackedSequence], setting: Setting, rows: int) -> float:
-    """Perplexity under one setting of the engine's `DistillModel`, every token that counts once.
+def perplexity_over_ranks(engine: Engine, held_out: HeldOut, setting: Setting, rows: int) -> float:
+    """Perplexity under one setting of the engine's distillation model, every token (or image) that counts once.
 
-    Every rank calls this together with the same sequences; each runs its share of them.
+    Every rank calls this together with the same data; each runs its share of it.
 
     Args:
-        rows: sequences a pass.
+        rows: rows a pass.
 
     Raises:
         DataError: no token counts.
@@ -90,7 +116,7 @@ def perplexity_over_ranks(engine: Engine, sequences: Sequence[PackedSequence], s
     engine.module.eval()
     try:
         with torch.no_grad():
-            parts = [_counted(engine, sequences, chosen, setting) for chosen in _passes(engine, len(sequences), rows)]
+            parts = [_counted(engine, held_out, chosen, setting) for chosen in _passes(engine, held_out.count, rows)]
     finally:
         engine.module.train(training)
     # A mean over the ranks, on both sides of the fraction.
@@ -101,7 +127,7 @@ def perplexity_over_ranks(engine: Engine, sequences: Sequence[PackedSequence], s
 
 
 def _passes(engine: Engine, count: int, rows: int) -> list[range]:
-    """This rank's sequences, pass by pass; as many passes on every rank, because sharded weights are gathered by
+    """This rank's rows, pass by pass; as many passes on every rank, because sharded weights are gathered by
     all ranks together. An empty range is a pass that counts nothing."""
     shares = [_share(count, rank, engine.world_size) for rank in range(engine.world_size)]
     longest = max(len(share) for share in shares)
@@ -113,9 +139,7 @@ def _share(count: int, rank: int, world_size: int) -> range:
     return rows_of(count, rank, world_size) if count >= world_size else range(count)[rank : rank + 1]
 
 
-def _counted(
-    engine: Engine, sequences: Sequence[PackedSequence], chosen: range, setting: Setting
-) -> tuple[float, float]:
-    batch = collate([sequences[i] for i in chosen] or [sequences[0]])
+def _counted(engine: Engine, held_out: HeldOut, chosen: range, setting: Setting) -> tuple[float, float]:
+    batch = held_out.batch(chosen or range(1))
     output = engine.module(**{name: tensor.to(engine.device) for name, tensor in batch.items()}, setting=setting)
     return (float(output["nll"]), float(output["tokens"])) if len(chosen) else (0.0, 0.0)

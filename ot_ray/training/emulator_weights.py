@@ -21,9 +21,13 @@ from ot_ray.store import Store
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
-def weights_key(run: str) -> str:
-    """Where the weights of a finished run lie in the store."""
-    return f"runs/{run}/emulator.safetensors"
+DISTILLED, START = "emulator", "start"
+"""What a run ends with, and, where layers get smaller maps, what it starts from."""
+
+
+def weights_key(run: str, name: str = DISTILLED) -> str:
+    """Where the weights of a run lie in the store."""
+    return f"runs/{run}/{name}.safetensors"
 
 
 def write_weights(
@@ -32,6 +36,7 @@ def write_weights(
     shapes: Mapping[str, tuple[int, ...]],
     dtype: torch.dtype,
     tensors: Iterable[tuple[str, Tensor]],
+    name: str = DISTILLED,
 ) -> None:
     """Put an emulator's weights into the store, one tensor in memory at a time.
 
@@ -39,16 +44,17 @@ def write_weights(
         shapes: of all tensors, by name.
         dtype: float32 or bfloat16; tensors are cast to it.
         tensors: each of them once, in any order.
+        name: `DISTILLED` or `START`.
     """
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "emulator.safetensors"
         with path.open("wb") as file:
             places = _write_header(file, shapes, dtype)
-            for name, tensor in tensors:
-                file.seek(places.pop(name))
+            for place, tensor in tensors:
+                file.seek(places.pop(place))
                 file.write(tensor.to(dtype).reshape(-1).view(torch.uint8).numpy().data)
         assert not places, f"no values came for {sorted(places)}"
-        store.upload(path, weights_key(run))
+        store.upload(path, weights_key(run, name))
 
 
 def distilled_state(store: Store, run: str) -> dict[str, Tensor]:
@@ -57,9 +63,18 @@ def distilled_state(store: Store, run: str) -> dict[str, Tensor]:
     Raises:
         NotFoundError: the run has not finished.
     """
+    return _state(store, weights_key(run))
+
+
+def start_state(store: Store, run: str) -> dict[str, Tensor]:
+    """What the emulator starts from, named so, where whoever started the run worked that out. Raises NotFoundError."""
+    return _state(store, weights_key(run, START))
+
+
+def _state(store: Store, key: str) -> dict[str, Tensor]:
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "emulator.safetensors"
-        store.download(weights_key(run), path)
+        store.download(key, path)
         return load_file(path)
 
 

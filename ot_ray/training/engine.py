@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ot_ray.data.batches import rows_of
+from ot_ray.data.packing import without_padding
 from ot_ray.errors import TrainingError
 from ot_ray.training import shards
 from ot_ray.training.config import TrainingConfig
@@ -175,6 +176,8 @@ class TorchEngine:
             group["lr"] = lr
         outputs = []
         for rows, count in micro_batches(batch, self._config, self.rank, self.world_size):
+            # What is compiled is compiled for one shape.
+            rows = rows if self._config.compile else without_padding(rows)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self._config.precision == "bfloat16"):
                 output = self.module(**{name: tensor.to(self.device) for name, tensor in rows.items()})
             (output["loss"] * (count / self._config.batch_size)).backward()

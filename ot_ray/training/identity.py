@@ -20,22 +20,36 @@ def run_identity(config: DistillConfig, model_version: str, data_digest: str) ->
 
     Args:
         model_version: `ModelSource.version`, which stands for the full model's bytes.
-        data_digest: `source_digest` of the training text.
+        data_digest: `source_digest` of the training text, or `image_digest` of the training images.
     """
-    data = config.data.model_dump(mode="json")
-    # Where the text lies, how many processes read it and how often it may be read through decide no batch; its digest
-    # stands for what it says.
-    for name in ("source", "revision", "workers", "prefetch", "passes"):
-        data.pop(name)
+    # Left out where it says no more than `split` does, so that names which were given before it could be said stay.
+    compressed = config.emulator.model_dump(mode="json", exclude_defaults=True)
     return {
         "schema": SCHEMA,
+        **({"emulator": compressed} if compressed else {}),
         "model": {"version": model_version, "dtype": config.model.dtype},
         "split": config.split.model_dump(mode="json"),
-        "data": {"digest": data_digest, **data},
-        "sequence_length": config.sequence_length,
-        "loss": config.loss.model_dump(mode="json"),
+        **(_of_images(data_digest) if config.images is not None else _of_text(config, data_digest)),
         "training": config.training.decisive(),
     }
+
+
+def _of_text(config: DistillConfig, digest: str) -> dict[str, Any]:
+    data = config.text.model_dump(mode="json")
+    # Where the text lies, how many processes read it and how often it may be read through decide no batch; its digest
+    # stands for what it says.
+    for name in ("source", "tasks_folder", "revision", "workers", "prefetch", "passes"):
+        data.pop(name)
+    return {
+        "data": {"digest": digest, **data},
+        "sequence_length": config.sequence_length,
+        "loss": config.loss.model_dump(mode="json"),
+    }
+
+
+def _of_images(digest: str) -> dict[str, Any]:
+    # The digest stands for how many of each class are taken, too.
+    return {"data": {"digest": digest, "kind": "images"}}
 
 
 def identity_digest(identity: dict[str, Any]) -> str:

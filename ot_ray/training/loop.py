@@ -17,7 +17,7 @@ from ot_ray.data import Batches
 from ot_ray.errors import OTRayError, TrainingError
 from ot_ray.training.checkpoints import Checkpoints
 from ot_ray.training.config import TrainingConfig
-from ot_ray.training.engine import Engine
+from ot_ray.training.engine import Batch, Engine
 from ot_ray.training.schedule import lr_at
 
 Report = Callable[[Mapping[str, float]], None]
@@ -32,9 +32,9 @@ class TrainingResult:
     """What a run leaves behind besides its weights."""
 
     history: list[dict[str, float]] = field(default_factory=list)
-    """One entry a step of this process: step, lr, loss parts, gradient norm, tokens/s of all workers, seconds, and
-    how many of these were waited for data, by the worker that waited longest; validation figures where they were
-    taken. Steps done before a resume are not in it."""
+    """One entry a step of this process: step, lr, loss parts, gradient norm, tokens/s (or images/s) of all workers,
+    seconds, and how many of these were waited for data, by the worker that waited longest; validation figures where
+    they were taken. Steps done before a resume are not in it."""
     evaluations: list[dict[str, float]] = field(default_factory=list)
     """Validation figures, with the step after which they were taken."""
 
@@ -119,11 +119,18 @@ def _one_step(engine: Engine, batches: Batches, config: TrainingConfig, step: in
         "step": step + 1,
         "lr": lr,
         **figures,
-        "tokens_per_s": config.batch_size * batch["input_ids"].shape[1] / seconds,
+        **_speed(batch, config.batch_size / seconds),
         "seconds": seconds,
         "data_wait": waited,
         "data_wait_share": waited / seconds,
     }
+
+
+def _speed(batch: Batch, rows_per_s: float) -> dict[str, float]:
+    """Tokens a second of text, images a second of images."""
+    if "input_ids" not in batch:
+        return {"images_per_s": rows_per_s}
+    return {"tokens_per_s": rows_per_s * batch["input_ids"].shape[1]}
 
 
 def _evaluated(engine: Engine, evaluate: Evaluate) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Training text that lies in a bucket, for the data room, which knows nothing of stores.
+"""Training text and images that lie in a bucket, for the data room, which knows nothing of stores.
 
 What the bytes mean is data's affair; how a store is reached is store's."""
 
@@ -22,9 +22,14 @@ def files_of(config: DataConfig, patience_s: float = 0.0) -> Files | None:
     Args:
         patience_s: seconds that a read waits for a store that does not answer.
     """
-    if not config.source.startswith(S3):
+    return bucket_files(config.source, patience_s)
+
+
+def bucket_files(source: str, patience_s: float = 0.0) -> Files | None:
+    """What opens the files of an `s3://` source; None for any other. `patience_s` as for `files_of`."""
+    if not source.startswith(S3):
         return None
-    return StoreFiles(PatientStore(open_store(bucket_address(config.source)), patience_s))
+    return StoreFiles(PatientStore(open_store(bucket_address(source)), patience_s))
 
 
 class StoreFiles:

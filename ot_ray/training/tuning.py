@@ -1,17 +1,21 @@
-"""Fitting a language model on one machine with plain PyTorch, as tuning an adapter does.
+"""Fitting a language model or an image classifier on one machine with plain PyTorch, as tuning an adapter does.
 
 What is trainable is decided in the model room; writing the adapter is artifacts' part."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import BaseImageProcessor, PreTrainedModel
 
-from ot_ray.data import BatchStream, PackedSequence
-from ot_ray.model import LanguageModel
+from ot_ray.data import Batches, BatchStream, PackedSequence
+from ot_ray.data.images import ImageBatches, LabelledImages
+from ot_ray.model import ImageModel, LanguageModel
+from ot_ray.model.language import compiled_layers
 from ot_ray.training.checkpoints import Checkpoints
 from ot_ray.training.config import TrainingConfig
 from ot_ray.training.engine import TorchEngine
@@ -33,10 +37,50 @@ def fit(
     Raises:
         TrainingError: nothing has gradients, the batch does not divide, or the loss is not finite.
     """
-    dtypes = {parameter: parameter.dtype for parameter in model.parameters()}
-    engine = TorchEngine(LanguageModel(model), config)
     stream = BatchStream(sequences, config.batch_size, config.seed)
-    result = train(engine, stream, config, checkpoints=checkpoints, report=report, evaluate=evaluate)
+    return _fit(model, LanguageModel(model), stream, config, evaluate, checkpoints, report)
+
+
+def fit_images(
+    model: PreTrainedModel | PeftModel,
+    images: LabelledImages,
+    processor: BaseImageProcessor,
+    config: TrainingConfig,
+    *,
+    workers: int = 0,
+    evaluate: Evaluate | None = None,
+    checkpoints: Checkpoints | None = None,
+    report: Report | None = None,
+) -> TrainingResult:
+    """Fit whatever has gradients in an image classifier, as `fit` does.
+
+    Args:
+        images: their labels count in the classes of the model's head.
+        workers: threads that decode ahead.
+
+    Raises:
+        DataError: an image has no class, or does not open.
+        TrainingError: nothing has gradients, the batch does not divide, or the loss is not finite.
+    """
+    images.require_classes()
+    batches = ImageBatches(images, processor, config.batch_size, config.seed, workers)
+    with contextlib.closing(batches):
+        return _fit(model, ImageModel(model), batches, config, evaluate, checkpoints, report)
+
+
+def _fit(
+    model: PreTrainedModel | PeftModel,
+    module: nn.Module,
+    batches: Batches,
+    config: TrainingConfig,
+    evaluate: Evaluate | None,
+    checkpoints: Checkpoints | None,
+    report: Report | None,
+) -> TrainingResult:
+    dtypes = {parameter: parameter.dtype for parameter in model.parameters()}
+    engine = TorchEngine(module, config)
+    with compiled_layers(model, config.compile):
+        result = train(engine, batches, config, checkpoints=checkpoints, report=report, evaluate=evaluate)
     # The engine has put the inner model into evaluation mode, but PEFT's own wrapper not.
     model.eval().to(torch.device("cpu"))  # type: ignore[arg-type]
     for parameter, dtype in dtypes.items():

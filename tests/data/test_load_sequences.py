@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from ot_ray.data import DataConfig, load_sequences
+from ot_ray.data import DataConfig, first_sequences, load_sequences
 from ot_ray.errors import ConfigError, DataError
 
 MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
@@ -88,3 +88,26 @@ def test_progress_is_shown_only_when_reading_takes_long(
     monkeypatch.setattr("ot_ray.data.load.QUIET_SECONDS", -1.0)
     load_sequences(config, tokenizer, 16)
     assert "5document" in capsys.readouterr().err.replace(" ", "")
+
+
+def test_the_first_sequences_are_those_of_the_whole_and_the_rest_is_not_read(
+    tokenizer: PreTrainedTokenizerFast, write_jsonl: WriteJsonl
+) -> None:
+    rows = [{"text": f"Return a list of {number} names. " * 3} for number in range(20)]
+    path = write_jsonl(*rows)
+    config = DataConfig(source=str(path))
+    every = load_sequences(config, tokenizer, length=16).sequences
+    for count in (1, 5, len(every) + 3):
+        first = first_sequences(config, tokenizer, 16, count)
+        assert len(first) == min(count, len(every))
+        for ours, whole in zip(first, every, strict=False):
+            assert ours.input_ids.equal(whole.input_ids) and ours.labels.equal(whole.labels)
+    path.write_text(path.read_text() + "no JSON\n")
+    assert len(first_sequences(config, tokenizer, 16, 5)) == 5
+    with pytest.raises(DataError, match="21"):
+        first_sequences(config, tokenizer, 16, len(every) + 3)
+
+
+def test_first_sequences_of_nothing_are_refused(tokenizer: PreTrainedTokenizerFast, write_jsonl: WriteJsonl) -> None:
+    with pytest.raises(DataError, match="nothing to learn"):
+        first_sequences(DataConfig(source=str(write_jsonl({"text": ""}))), tokenizer, 16, 4)

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from ot_ray.data import PackedSequence, TokenSpan, collate, pack
+from ot_ray.data import PackedSequence, TokenSpan, collate, pack, without_padding
 from ot_ray.data.packing import IGNORE, WINDOW
 from ot_ray.errors import ConfigError
 
@@ -120,3 +120,21 @@ def test_collate_stacks_fields() -> None:
         ("input_ids", "position_ids", "labels", "real"), (3, 4)
     )
     assert batch["input_ids"][2].tolist() == [9, 10, 11, 12]
+
+
+def test_columns_that_are_padding_everywhere_are_cut() -> None:
+    batch = collate([pack([prompt(*ids)], length=5, pad_id=PAD)[0] for ids in ([1, 2, 3], [4, 5, 6, 7, 8])])
+    assert batch["real"].sum(1).tolist() == [3, 5]
+    assert all(torch.equal(tensor, batch[name]) for name, tensor in without_padding(batch).items())
+    short = {name: tensor[:1] for name, tensor in batch.items()}
+    assert {name: tensor.tolist() for name, tensor in without_padding(short).items()} == {
+        "input_ids": [[1, 2, 3]],
+        "position_ids": [[0, 1, 2]],
+        "labels": [[IGNORE, IGNORE, 3]],
+        "real": [[True] * 3],
+    }
+
+
+def test_a_batch_that_knows_no_padding_is_left_alone() -> None:
+    pixels = {"pixel_values": torch.zeros(2, 3, 4, 4), "labels": torch.zeros(2)}
+    assert without_padding(pixels) == pixels

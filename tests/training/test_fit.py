@@ -9,7 +9,8 @@ from torch._inductor import config as inductor_config
 
 from ot_ray.evaluation import mean_loss
 from ot_ray.model import METHODS, LoraSettings, SplitPlan, prepare_tuning
-from ot_ray.training import fit
+from ot_ray.store import open_store
+from ot_ray.training import Checkpoints, fit
 from tests.fixtures.models import tiny_model
 from tests.training.samples import sequences, training
 
@@ -52,3 +53,24 @@ def test_fit_compiles_the_layers_where_it_is_asked_to_and_leaves_none_compiled()
     assert counters["stats"]["calls_captured"] > 0, "nothing was compiled"
     assert all(module._compiled_call_impl is None for module in model.modules())
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_was_stopped_goes_on_as_if_it_never_was(method, tmp_path):
+    def tuned(steps, checkpoints=None):
+        torch.manual_seed(0)
+        model = prepare_tuning(tiny_model("opt", depth=3), PLAN, method, LoraSettings(rank=4))
+        config = training(steps=steps, schedule="constant", checkpoint_every=2)
+        done = []
+        fit(model, sequences(), config, checkpoints=checkpoints, report=lambda figures: done.append(figures["step"]))
+        learnt = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        return learnt, done
+
+    def checkpoints():
+        return Checkpoints(open_store(str(tmp_path)), "run", {"method": method})
+
+    tuned(3, checkpoints())
+    (resumed, steps), (whole, _) = tuned(6, checkpoints()), tuned(6)
+    assert steps == [4, 5, 6]
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)

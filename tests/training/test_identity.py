@@ -10,6 +10,7 @@ from ot_ray.training.identity import differences, identity_digest, run_identity
 SOUND = {
     "model": {"name": "tiny", "source": "model"},
     "split": {"bottom": 1, "keep": 2, "top": 1},
+    "emulator": {},
     "data": {"source": "text.jsonl"},
     "training": {"steps": 10, "batch_size": 4},
     "store": "store",
@@ -32,6 +33,9 @@ DECIDES = {
     "another rate": ({"training": {"lr": 0.5}}, ["training.lr"]),
     "another batch": ({"training": {"batch_size": 8}}, ["training.batch_size"]),
     "another length": ({"sequence_length": 64}, ["sequence_length"]),
+    "another choice of layers": ({"emulator": {"layers": "cka"}}, ["emulator"]),
+    "pruned weights": ({"emulator": {"sparsity": 0.5}}, ["emulator"]),
+    "quantized weights": ({"emulator": {"bits": 4}}, ["emulator"]),
 }
 
 
@@ -56,3 +60,13 @@ def test_what_decides_the_weights_changes_the_identity(change):
 )
 def test_how_it_is_computed_does_not(change):
     assert identity_digest(_identity(**change)) == identity_digest(_identity())
+
+
+def test_bits_differ_from_bits_by_name():
+    four, eight = (_identity(emulator={"bits": bits}) for bits in (4, 8))
+    assert differences(four, eight) == ["emulator.bits"]
+
+
+def test_emulators_that_only_drop_layers_keep_their_names():
+    """Versions are named by the identity; what was made before more could be said of an emulator is not made again."""
+    assert "emulator" not in _identity()

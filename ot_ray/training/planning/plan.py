@@ -9,7 +9,8 @@ from functools import cache
 import torch
 from transformers import PretrainedConfig
 
-from ot_ray.model import SplitPlan
+from ot_ray.errors import UnsupportedModelError
+from ot_ray.model import IMAGE_FAMILIES, SplitPlan, check_supported
 from ot_ray.training.config import TrainingConfig
 from ot_ray.training.planning.activations import Activations, activations_of
 from ot_ray.training.planning.alternatives import MOST_WORKERS, alternatives
@@ -93,9 +94,15 @@ def plan_distillation(
 
     Raises:
         ConfigError: there are fewer rows in a batch than workers.
-        UnsupportedModelError: the architecture is not in the families' table.
+        UnsupportedModelError: the architecture is not in the families' table, or is of images.
         SplitError: the split does not fit the model.
     """
+    check_supported(shape.model_type)
+    if shape.model_type in IMAGE_FAMILIES:
+        raise UnsupportedModelError(
+            f"model_type is {shape.model_type!r}: plans are of language models; leave out --plan, and distil an image "
+            "model without one"
+        )
     passes_of(training, workers)
     parts = parts_of(shape, split)
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from ot_ray.errors import ConfigError, SplitError
+from ot_ray.errors import ConfigError, SplitError, UnsupportedModelError
 from ot_ray.model import SplitPlan
 from ot_ray.training import TrainingConfig
 from ot_ray.training.planning import HARDWARE, Hardware, Plan, hardware_of, plan_distillation
 from ot_ray.training.planning.alternatives import alternatives
 from ot_ray.training.planning.table import sized
-from tests.fixtures.models import tiny_model
+from tests.fixtures.models import tiny_image_model, tiny_model
 
 MIB = 2**20
 SPLIT = SplitPlan(bottom=1, keep=4, top=1)
@@ -29,6 +29,13 @@ def test_the_table_has_every_figure() -> None:
     for wanted in ("gradients", "optimiser", "activations", "on the wire", "tokens/s", "hours", "50% of the peak"):
         assert wanted in text
     assert "unknown" not in text
+
+
+def test_image_models_are_refused_before_anything_is_built() -> None:
+    with pytest.raises(UnsupportedModelError, match="'clip': plans are of language models"):
+        plan_distillation(
+            tiny_image_model("clip").config, SPLIT, TrainingConfig(steps=1), 64, 1, hardware_of("cpu"), torch.float32
+        )
 
 
 def test_the_speed_of_a_cpu_is_unknown_rather_than_guessed() -> None:
