@@ -12,8 +12,8 @@ from torch.nn.functional import gelu
 from torch.nn.utils import skip_init
 from transformers import PreTrainedModel
 
-from ot_ray.errors import UnsupportedModelError
-from ot_ray.model.families import Family, family_of
+from ot_ray.errors import SplitError
+from ot_ray.model.families import Family, check_maps_are_called, family_of
 
 CHILD = "bottleneck"
 """The name of the module, as a child of the linear map whose output it changes."""
@@ -71,31 +71,22 @@ def insert_bottleneck(model: PreTrainedModel, layer: nn.Module, place: str, size
     """Put a bottleneck of any values behind a linear map of a layer of `model`; it is of that map's type and device.
 
     Raises:
+        SplitError: there is one already.
         UnsupportedModelError: the architecture is set up to pass by its linear maps.
     """
-    check_maps_are_called(model)
+    check_maps_are_called(model.config)
     linear = layer.get_submodule(place)
+    if hasattr(linear, CHILD):
+        raise SplitError(
+            f"{place} of an adapter layer has a bottleneck already, and a second one would not be returned; open the "
+            "model anew, or go on training the one that is there"
+        )
     weight = linear.get_parameter("weight")
     bottleneck = Bottleneck(output_width(family_of(model), weight.shape), size, weight)
     linear.add_module(CHILD, bottleneck)
     # A plain function, so that copies of the model run their own bottlenecks.
     linear.register_forward_hook(_through_bottleneck)
     return bottleneck.train(linear.training)
-
-
-def check_maps_are_called(model: PreTrainedModel) -> None:
-    """Refuse a model that multiplies by a linear map's weight without calling the map.
-
-    Raises:
-        UnsupportedModelError: names the setting of the model.
-    """
-    config = model.config
-    if getattr(config, "slow_but_exact", False) and getattr(config, "pretraining_tp", 1) > 1:
-        raise UnsupportedModelError(
-            f"config.slow_but_exact is True and config.pretraining_tp is {config.pretraining_tp}: the model passes by "
-            "its own linear maps, so that lora and bottleneck would be left out; set slow_but_exact to false, or use "
-            "method full or bitfit"
-        )
 
 
 def _through_bottleneck(linear: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:

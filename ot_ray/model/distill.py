@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from ot_ray.config import Config
 from ot_ray.errors import SplitError
-from ot_ray.model.emulator import EmulatorConfig
-from ot_ray.model.families import family_of, layers_of, set_layers
+from ot_ray.model.emulator import EmulatorConfig, copy_state
+from ot_ray.model.families import check_maps_are_called, family_of, layers_of, set_layers
 from ot_ray.model.isolation import isolated_documents
 from ot_ray.model.lanes import AdapterLayer, LaneLayer, Lanes, Setting, StudentLayer, TeacherLayer
 from ot_ray.model.losses import HEAD_TOKENS, IGNORED, DistillLoss, LanguageHead, normalized_mse
@@ -56,6 +56,7 @@ class LaneModel(nn.Module):
 
     Raises:
         SplitError: the plan does not fit the model, or `kept` the plan.
+        UnsupportedModelError: E is compressed, and the architecture is set up to pass by its linear maps.
     """
 
     def __init__(
@@ -74,6 +75,8 @@ class LaneModel(nn.Module):
         middle = plan.middle(depth)
         self.plan = plan
         self._emulator = emulator or EmulatorConfig()
+        if self._emulator.compressed:
+            check_maps_are_called(model.config)
         self._sources = [*range(middle.stop), *(middle[i] for i in kept), *range(middle.stop, depth)]
         self._students = range(middle.stop, middle.stop + plan.keep)
         self.model = with_layers(model, self._sources, share=True)
@@ -156,14 +159,13 @@ class LaneModel(nn.Module):
         Raises:
             SplitError: a tensor is missing, unknown or of another shape.
         """
-        parameters, names = dict(self.named_parameters()), self.emulator_names()
-        wrong = sorted(set(names.values()) ^ state.keys())
-        wrong += sorted(o for n, o in names.items() if o in state and state[o].shape != parameters[n].shape)
-        if wrong:
-            raise SplitError(f"what the emulator starts from does not fit it: {', '.join(wrong[:5])}")
-        with torch.no_grad():
-            for name, ours in names.items():
-                parameters[name].copy_(self.start_of(name, state[ours]))
+        parameters, names = dict(self.named_parameters()), {o: n for n, o in self.emulator_names().items()}
+        copy_state(
+            {ours: parameters[name] for ours, name in names.items()},
+            state,
+            "what the emulator starts from does not fit it",
+            lambda ours, tensor: self.start_of(names[ours], tensor),
+        )
 
     def emulator_state(self, trained: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         """The tensors of E, named as `emulator_names` says.

@@ -4,7 +4,7 @@ Distilling is in distill.py."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -49,6 +49,11 @@ class EmulatorConfig(Config):
         """Whether layers get smaller maps, which start from what the calibration data shows."""
         return self.attention_rank is not None or self.mlp_channels is not None
 
+    @property
+    def compressed(self) -> bool:
+        """Whether layers have other linear maps than the model's own."""
+        return self.packed or self.factored
+
 
 def uniform_layers(middle: int, keep: int) -> list[int]:
     """Choose `keep` of `middle` layers at even distances, the first and the last always among them.
@@ -84,12 +89,28 @@ def load_emulator(model: PreTrainedModel, plan: SplitPlan, state: Mapping[str, t
         for place in range(plan.keep)
         for name, parameter in layers[plan.bottom + place].named_parameters()
     }
-    wrong = sorted(ours.keys() ^ state.keys())
-    wrong += sorted(name for name in ours.keys() & state.keys() if ours[name].shape != state[name].shape)
+    copy_state(ours, state, f"the emulator's weights do not fit split {plan}")
+
+
+def copy_state(
+    parameters: Mapping[str, torch.Tensor],
+    state: Mapping[str, torch.Tensor],
+    refusal: str,
+    start: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor,
+) -> None:
+    """Copy tensors into the parameters of their names, in place, if that is all of them and nothing else.
+
+    Args:
+        refusal: how the error begins.
+        start: what is copied, given a name and its tensor.
+
+    Raises:
+        SplitError: a tensor is missing, unknown or of another shape; nothing was copied.
+    """
+    wrong = sorted(parameters.keys() ^ state.keys())
+    wrong += sorted(n for n in parameters.keys() & state.keys() if parameters[n].shape != state[n].shape)
     if wrong:
-        raise SplitError(
-            f"the emulator's weights do not fit split {plan}: {', '.join(wrong[:5])} missing, unknown or misshaped"
-        )
+        raise SplitError(f"{refusal}: {', '.join(wrong[:5])} missing, unknown or misshaped")
     with torch.no_grad():
-        for name, parameter in ours.items():
-            parameter.copy_(state[name])
+        for name, parameter in parameters.items():
+            parameter.copy_(start(name, state[name]))

@@ -141,6 +141,22 @@ def check_supported(model_type: str) -> None:
     )
 
 
+def check_maps_are_called(config: Any) -> None:
+    """Refuse a model that multiplies by a linear map's weight without calling the map, where something is put into
+    the map's place or behind it.
+
+    Raises:
+        UnsupportedModelError: names the setting of the model.
+    """
+    if getattr(config, "slow_but_exact", False) and getattr(config, "pretraining_tp", 1) > 1:
+        raise UnsupportedModelError(
+            f"config.slow_but_exact is True and config.pretraining_tp is {config.pretraining_tp}: the model passes by "
+            "its own linear maps, so that lora, bottleneck and an emulator's smaller or packed maps would be left out; "
+            "set slow_but_exact to false, or use method full or bitfit, and no emulator.sparsity, bits, attention_rank "
+            "or mlp_channels"
+        )
+
+
 def auto_class(model_type: str) -> Any:
     """Which of Transformers' automatic classes makes and opens models of a supported `model_type`."""
     return AutoModelForCausalLM if FAMILIES[model_type].task == "text" else AutoModelForImageClassification

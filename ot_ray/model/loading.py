@@ -74,8 +74,12 @@ def tokenizer_in(folder: Path, where: str) -> PreTrainedTokenizerBase:
         raise unreadable(where, error) from None
 
 
-def processor_in(folder: Path, where: str) -> BaseImageProcessor:
+def processor_in(folder: Path, whose: str, way_out: str) -> BaseImageProcessor:
     """Read what prepares images for the model in a folder; it works on PIL's images, without torchvision.
+
+    Args:
+        whose: how messages name the model.
+        way_out: what they tell the reader to do.
 
     Raises:
         ConfigError: there is none, or it is malformed.
@@ -85,10 +89,7 @@ def processor_in(folder: Path, where: str) -> BaseImageProcessor:
     except Exception as error:  # a malformed file meets errors of any kind
         # Transformers names every model that it knows.
         reason = str(error).strip().split("\n", 1)[0][:200]
-        raise ConfigError(
-            f"model.source is {where!r}: its preprocessor_config.json cannot be used: {reason}; put the model's own "
-            "beside its weights"
-        ) from None
+        raise ConfigError(f"{whose}: its preprocessor_config.json cannot be used: {reason}; {way_out}") from None
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:

@@ -5,7 +5,8 @@ Where the weights come from is left to artifacts, splitting them over ranks to t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,9 +33,9 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
             without classes.
     """
     check_supported(config.model_type)
-    if getattr(config, "quantization_config", None):
+    for name in settings_named("quantization_config", config.to_dict()):
         raise UnsupportedModelError(
-            "config.quantization_config is set: quantized weights cannot be distilled; use the model's "
+            f"config.{name} is set: quantized weights cannot be distilled; use the model's "
             "float32, float16 or bfloat16 checkpoint"
         )
     if config.model_type in IMAGE_FAMILIES and not classes_in(config):
@@ -52,6 +53,21 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
     # Computes the buffers, as `from_pretrained` has it do; on the meta device a parameter's draw does nothing.
     model.initialize_weights()
     return model.eval()
+
+
+def settings_named(key: str, config: dict[str, Any]) -> Iterator[str]:
+    """Dotted names of the settings of this name that are not null, anywhere in a configuration as JSON has it.
+
+    Transformers reads some from a part of a configuration (`text_config`) where the whole does not say them.
+    """
+    left: list[tuple[str, Any]] = [("", config)]
+    while left:
+        prefix, part = left.pop()
+        entries = part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list) else ()
+        for name, value in entries:
+            if name == key and value is not None:
+                yield f"{prefix}{name}"
+            left.append((f"{prefix}{name}.", value))
 
 
 def checkpoint_name(name: str, model: PreTrainedModel, available: Collection[str]) -> str:

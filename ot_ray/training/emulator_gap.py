@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import BaseImageProcessor
 
-from ot_ray.data import PackedDataset, collate, rows_of
+from ot_ray.data import PackedDataset, collate, rows_of, without_padding
 from ot_ray.data.images import LabelledImages, images_at
 from ot_ray.errors import DataError, NotFoundError
 from ot_ray.store import Store
@@ -36,9 +36,15 @@ class HeldOut:
     """What identifies them."""
 
 
-def held_out_text(data: PackedDataset) -> HeldOut:
-    """Rows of packed text."""
-    return HeldOut(len(data.sequences), lambda rows: collate([data.sequences[i] for i in rows]), data.digest)
+def held_out_text(data: PackedDataset, compiled: bool = False) -> HeldOut:
+    """Rows of packed text, each pass without the columns that are padding in all of its rows; compiled layers get
+    whole rows, because they are compiled for one shape."""
+
+    def batch(rows: Sequence[int]) -> dict[str, Tensor]:
+        whole = collate([data.sequences[i] for i in rows])
+        return whole if compiled else without_padding(whole)
+
+    return HeldOut(len(data.sequences), batch, data.digest)
 
 
 def held_out_images(images: LabelledImages, processor: BaseImageProcessor, digest: str) -> HeldOut:
@@ -70,8 +76,11 @@ class EmulatorGap:
         if self._engine.rank == 0:
             self._store.write(self._key, json.dumps(before).encode())
 
-    def measure_end(self) -> dict[str, float]:
+    def measure_end(self, steps: int) -> dict[str, float]:
         """After the last step; every rank together.
+
+        Args:
+            steps: of the whole run; after none the emulated model is what it was before.
 
         Returns:
             `full`, `dropped` (the emulated model before distilling; left out where the run began with other held-out
@@ -80,6 +89,8 @@ class EmulatorGap:
         if self._load is None:
             return {}
         before = self._engine.gather(self._kept() if self._engine.rank == 0 else None)[0]
+        if before and not steps:
+            return {**before, "emulated": before["dropped"]}
         return {**(before or {"full": self._of("full")}), "emulated": self._of("emulated")}
 
     def _kept(self) -> dict[str, float] | None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
-from ot_ray.errors import DataError, SplitError, TrainingError
+from ot_ray.errors import DataError, SplitError, TrainingError, UnsupportedModelError
 from ot_ray.model import (
     DistillLoss,
     DistillModel,
@@ -125,7 +125,7 @@ def test_weighted_factors_keep_the_loss_better_than_plain_ones():
                 factors = layers_of(truncated)[place].get_submodule(name)
                 with torch.no_grad():
                     factors.up.weight.copy_(u[:, :8] * s[:8])
-                    factors.down.weight.copy_(v[:8])
+                    factors.weight.copy_(v[:8])
         with torch.no_grad():
             expected = reference(calibration()[0]["input_ids"]).logits
             for found, emulated in ((ours, weighted), (plain, truncated)):
@@ -203,6 +203,23 @@ def test_what_does_not_fit_or_cannot_be_weighed_is_refused():
         layers_of(broken)[1].fc1.weight[0, 0] = float("nan")
     with pytest.raises(TrainingError, match="not finite on the calibration data"):
         smaller_layers(broken, PLAN, KEPT, BOTH, calibration())
+
+
+def test_a_model_that_passes_by_its_linear_maps_is_refused():
+    model = tiny_model("bloom")
+    model.config.slow_but_exact, model.config.pretraining_tp = True, 2
+    with pytest.raises(UnsupportedModelError, match="slow_but_exact to false"):
+        smaller_layers(model, PLAN, KEPT, EmulatorConfig(mlp_channels=0.5), calibration())
+
+
+def test_no_tensor_of_a_factored_map_has_the_shape_of_the_map_that_goes_by_its_name(family_model):
+    state = smaller_layers(family_model, PLAN, KEPT, EmulatorConfig(attention_rank=0.45), calibration())
+    layer = layers_of(family_model)[1]
+    factored = [name for name in attention_maps(layer, family_of(family_model)) if f"0.{name}.up.weight" in state]
+    assert factored
+    for name in factored:
+        columns, rows = sizes(layer.get_submodule(name))
+        assert state[f"0.{name}.weight"].shape not in ((rows, columns), (columns, rows))
 
 
 def test_maps_that_nobody_filled_do_not_pass_for_weights():

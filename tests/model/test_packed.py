@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -16,9 +17,22 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ot_ray.errors import ArtifactError, SplitError
-from ot_ray.model import EmulatorConfig, PackedFormat, PackedLinear, SplitPlan, auto_class, compress, emulate
+from ot_ray.errors import ArtifactError, SplitError, UnsupportedModelError
+from ot_ray.model import (
+    DistillLoss,
+    DistillModel,
+    EmulatorConfig,
+    PackedFormat,
+    PackedLinear,
+    SplitPlan,
+    auto_class,
+    compress,
+    emulate,
+    load_emulator,
+)
+from ot_ray.model.choice import smaller_layers
 from ot_ray.model.families import layers_of
+from ot_ray.model.packed import with_smaller_layers
 from ot_ray.model.packed.codes import pack, packed_bytes, unpack
 from ot_ray.model.packed.rounding import kept_mask, prune, quantize, rounded
 from tests.fixtures.models import images, tiny_model, tokens
@@ -125,6 +139,27 @@ def test_no_pass_keeps_a_dense_weight():
     assert not kept
 
 
+def test_a_cast_of_the_model_leaves_the_scales_in_float32():
+    packed = PackedLinear.of(_weight(), None, _format(WAYS["both"]))
+    before, scale = packed.dense(), packed.group_scale.clone()
+    for dtype in (torch.bfloat16, torch.float64):
+        moved = nn.Sequential(copy.deepcopy(packed)).to(dtype)[0]
+        assert moved.group_scale.dtype == torch.float32 and torch.equal(moved.group_scale, scale)
+        assert torch.equal(moved.dense(), before) and moved(_weight(3, 80).to(dtype)).dtype == dtype
+    assert nn.Sequential(copy.deepcopy(packed)).to("meta")[0].group_scale.is_meta
+
+
+def test_a_model_that_passes_by_its_linear_maps_is_refused():
+    model = tiny_model("bloom")
+    model.config.slow_but_exact, model.config.pretraining_tp = True, 2
+    for config in (WAYS["quantized"], EmulatorConfig(attention_rank=0.25)):
+        with pytest.raises(UnsupportedModelError, match="slow_but_exact to false"):
+            compress(emulate(model, PLAN, KEPT), PLAN, config)
+        with pytest.raises(UnsupportedModelError, match="slow_but_exact to false"):
+            DistillModel(copy.deepcopy(model), PLAN, KEPT, DistillLoss(), emulator=config)
+    DistillModel(model, PLAN, KEPT, DistillLoss())
+
+
 def test_it_follows_autocast():
     packed, x = PackedLinear.of(_weight(), None, _format(EmulatorConfig(bits=4))), _weight(3, 80).requires_grad_(True)
     with torch.autocast("cpu", torch.bfloat16):
@@ -228,17 +263,34 @@ def test_scales_stay_float32_in_a_bfloat16_model(folder):
     assert coarse(tokens()).logits.dtype == torch.bfloat16
 
 
+_ALONE = """
+import sys, transformers
+for folder in sys.argv[1:]:
+    try:
+        transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    except RuntimeError as error:
+        print(type(error).__name__, "mismatch" in str(error))
+    else:
+        print("opened", folder)
+"""
+
+
 @pytest.mark.slow
-def test_transformers_alone_does_not_take_packed_tensors_for_weights(folder):
-    """It fails; a model with weights made up in the packed ones' place would be worse."""
-    code = (
-        "import sys, transformers\n"
-        f"transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r}, local_files_only=True)\n"
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=folder)
-    assert ended.returncode == 1 and "Unknown quantization type, got ot_ray" in ended.stderr
-    assert "RuntimeError" in ended.stderr.splitlines()[-1] or "mismatch" in ended.stderr
+def test_transformers_alone_takes_no_emulator_of_ours_for_weights(folder, tmp_path):
+    """It fails; a model with weights made up in the emulator's place would be worse."""
+    folders = [folder]
+    for model_type in ("llama", "gpt2", "bloom"):
+        for share in ("attention_rank", "mlp_channels"):
+            config, full = EmulatorConfig.model_validate({share: 0.25}), tiny_model(model_type)
+            state = smaller_layers(full, PLAN, KEPT, config, [{"input_ids": tokens(), "labels": tokens()}])
+            smaller = with_smaller_layers(emulate(full, PLAN, KEPT), PLAN, config)
+            load_emulator(smaller, PLAN, state)
+            folders.append(tmp_path / f"{model_type}-{share}")
+            compress(smaller, PLAN, config).save_pretrained(folders[-1])
+    environment, command = {**os.environ, "OMP_NUM_THREADS": "1"}, [sys.executable, "-c", _ALONE, *map(str, folders)]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
+    assert ended.stdout.splitlines() == ["RuntimeError True"] * len(folders), ended.stderr
+    assert ended.stderr.count("Unknown quantization type, got ot_ray") >= 1
 
 
 @pytest.mark.parametrize(

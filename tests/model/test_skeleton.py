@@ -11,7 +11,8 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ot_ray.errors import ArtifactError, UnsupportedModelError
 from ot_ray.model import checkpoint_name, empty_model, fill
-from tests.fixtures.models import SHAPES, tiny_model, tokens
+from ot_ray.model.skeleton import settings_named
+from tests.fixtures.models import SHAPES, tiny_image_model, tiny_model, tokens
 
 BASE = {"gpt2": "transformer", "bloom": "transformer", "opt": "model", "llama": "model"}
 
@@ -143,6 +144,23 @@ def test_quantized_weights_are_refused() -> None:
     config.quantization_config = {"quant_method": "gptq", "bits": 4}
     with pytest.raises(UnsupportedModelError, match="quantization_config is set"):
         empty_model(config, torch.float32)
+
+
+def test_quantized_weights_are_refused_wherever_the_configuration_says_so() -> None:
+    config = copy.deepcopy(tiny_image_model("clip").config)
+    config.text_config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    with pytest.raises(UnsupportedModelError, match=r"config\.text_config\.quantization_config is set"):
+        empty_model(config, torch.float32)
+
+
+def test_settings_are_found_at_any_depth_and_nulls_are_none() -> None:
+    deep: dict = {"a": 1}
+    for _ in range(3000):
+        deep = {"part": [deep]}
+    config = {"a": None, "b": {"a": 0, "c": [{"a": {"a": None}}]}}
+    assert sorted(settings_named("a", config)) == ["b.a", "b.c.0.a"]
+    (found,) = settings_named("a", deep)
+    assert found.count("part.0.") == 3000
 
 
 def test_unsupported_architectures_are_refused() -> None:

@@ -158,6 +158,13 @@ def test_a_plugged_model_takes_another_adapter_of_the_same_size() -> None:
         assert torch.equal(again(tokens()).logits, plug_in(model, PLAN, second)(tokens()).logits)
 
 
+def test_a_second_bottleneck_is_refused() -> None:
+    tuned = _tuned(_emulated(tiny_model("opt")))
+    with pytest.raises(SplitError, match=r"self_attn\.out_proj of an adapter layer has a bottleneck already"):
+        prepare_tuning(tuned, PLAN, "bottleneck")
+    assert len(layers_of(tuned)[0].fc2._forward_hooks) == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_they_are_of_the_type_of_their_linear_map(dtype: torch.dtype) -> None:
     model = tiny_model("gpt2").to(dtype)

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from ot_ray.errors import DataError, TrainingError
 from ot_ray.model.choice.passes import first_rows, loss_of, undisturbed, with_labels
 from ot_ray.model.emulator import EmulatorConfig
-from ot_ray.model.families import Family, family_of, layers_of
+from ot_ray.model.families import Family, check_maps_are_called, family_of, layers_of
 from ot_ray.model.packed.factored import attention_maps, channel_maps, factored_rank, kept_channels, sizes
 from ot_ray.model.split import SplitPlan, depth_of
 
@@ -102,7 +102,9 @@ def smaller_layers(
     Raises:
         DataError: there are no batches.
         TrainingError: an output or gradient is not finite, so that maps cannot be weighed.
+        UnsupportedModelError: the architecture is set up to pass by its linear maps.
     """
+    check_maps_are_called(model.config)
     family, middle = family_of(model), plan.middle(depth_of(model))
     rows = list(first_rows(batches, config.calibration, next(model.parameters()).device))
     if not rows:
@@ -151,11 +153,11 @@ def _smaller(layer: nn.Module, family: Family, config: EmulatorConfig, found: La
         linear = layer.get_submodule(name)
         rank = factored_rank(*sizes(linear), config.attention_rank)
         if rank is not None:
-            weight = state.pop(f"{name}.weight")
+            weight = state[f"{name}.weight"]
             if f"{name}.bias" in state:
                 state[f"{name}.up.bias"] = state.pop(f"{name}.bias")
             up, down = weighted_factors(_rows_first(linear, weight), found.inputs[name], found.gradients[name], rank)
-            state[f"{name}.up.weight"], state[f"{name}.down.weight"] = up.to(weight.dtype), down.to(weight.dtype)
+            state[f"{name}.up.weight"], state[f"{name}.weight"] = up.to(weight.dtype), down.to(weight.dtype)
     if config.mlp_channels is not None:
         assert isinstance(found.channels, Tensor)
         count = kept_channels(len(found.channels), config.mlp_channels)

@@ -16,8 +16,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ot_ray.errors import ArtifactError
 from ot_ray.model.emulator import EmulatorConfig
-from ot_ray.model.families import family_of, layers_of, linear_names
-from ot_ray.model.packed.factored import with_smaller_maps
+from ot_ray.model.families import check_maps_are_called, family_of, layers_of, linear_names
+from ot_ray.model.packed.factored import up_of, with_smaller_maps
 from ot_ray.model.packed.format import METHOD, PackedFormat
 from ot_ray.model.packed.linear import PackedLinear
 from ot_ray.model.packed.rounding import prune
@@ -38,9 +38,11 @@ def compress(model: PreTrainedModel, plan: SplitPlan, config: EmulatorConfig) ->
 
     Raises:
         SplitError: a weight is not finite.
+        UnsupportedModelError: the architecture is set up to pass by its linear maps.
     """
-    if not config.packed and not config.factored:
+    if not config.compressed:
         return model
+    check_maps_are_called(model.config)
     format = PackedFormat(
         first_layer=plan.bottom,
         layers=plan.keep,
@@ -65,7 +67,9 @@ def compress(model: PreTrainedModel, plan: SplitPlan, config: EmulatorConfig) ->
 def _packed(linear: nn.Module, format: PackedFormat, name: str) -> PackedLinear:
     weight: Any = prune(linear.weight, format.sparsity)  # type: ignore[arg-type]
     weight = weight.t().contiguous() if isinstance(linear, Conv1D) else weight
-    return PackedLinear.of(weight, linear.bias, format, name)  # type: ignore[arg-type]
+    packed = PackedLinear.of(weight, linear.bias, format, name)  # type: ignore[arg-type]
+    packed.up = up_of(linear)
+    return packed
 
 
 @register_quantization_config(METHOD)
@@ -138,4 +142,6 @@ class PackedQuantizer(HfQuantizer):
 def _empty(linear: nn.Module, format: PackedFormat) -> PackedLinear:
     weight, bias = linear.weight, linear.bias
     columns, rows = weight.shape if isinstance(linear, Conv1D) else reversed(weight.shape)  # type: ignore[arg-type]
-    return PackedLinear(columns, rows, bias is not None, format, weight.device, weight.dtype)  # type: ignore[arg-type]
+    packed = PackedLinear(columns, rows, bias is not None, format, weight.device, weight.dtype)  # type: ignore[arg-type]
+    packed.up = up_of(linear)
+    return packed

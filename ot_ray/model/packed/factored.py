@@ -25,20 +25,20 @@ class Shares(Protocol):
     def mlp_channels(self) -> float | None: ...
 
 
-class LowRankLinear(nn.Module):
-    """``y = up(down(x))``, in the place of a linear map."""
+class LowRankLinear(nn.Linear):
+    """``y = up(W x)``, in the place of a linear map. W [rank, in] goes by the name of that map's own weight, whose
+    shape is never the same: who knows nothing of factors cannot open a checkpoint of them."""
 
-    def __init__(self, down: nn.Linear, up: nn.Linear) -> None:
-        super().__init__()
-        self.down, self.up = down, up
+    up: nn.Module
+    """The other factor, `nn.Linear` from rank to out; where layers are packed or learn to be, what stands for it."""
 
-    @property
-    def weight(self) -> torch.Tensor:
-        """Empty: the factors hold the values. GPT-2 initialises maps by this name when a checkpoint is opened."""
-        return torch.empty(0)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.up(super().forward(input))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.up(self.down(x))
+
+def up_of(linear: nn.Module) -> nn.Module | None:
+    """The second factor of a map of low rank, None for one that is whole; what replaces the first goes on to it."""
+    return linear.up if isinstance(linear, LowRankLinear) else None
 
 
 def with_smaller_layers(model: PreTrainedModel, plan: SplitPlan, shares: Shares) -> PreTrainedModel:
@@ -84,9 +84,8 @@ def sizes(linear: nn.Module) -> tuple[int, int]:
 def with_smaller_maps(layer: nn.Module, family: Family, shares: Shares) -> nn.Module:
     """Put smaller maps in the place of a layer's own, where the shares make them so; their values are to be filled.
 
-    A map of low rank is ``up(down(x))``, and its tensors are `<map>.down.weight` [rank, in], `<map>.up.weight`
-    [out, rank] and `<map>.up.bias`. Maps of an MLP with fewer channels keep their names. All are stored [out, in],
-    in every family.
+    The tensors of a map of low rank are `<map>.weight` [rank, in], `<map>.up.weight` [out, rank] and `<map>.up.bias`.
+    Maps of an MLP with fewer channels keep their names. All are stored [out, in], in every family.
 
     Returns:
         `layer`, changed in place; on its own device, in its own type.
@@ -96,8 +95,9 @@ def with_smaller_maps(layer: nn.Module, family: Family, shares: Shares) -> nn.Mo
         columns, rows = sizes(linear)
         rank = factored_rank(columns, rows, shares.attention_rank)
         if rank is not None:
-            down, up = _like(linear, columns, rank, bias=False), _like(linear, rank, rows, linear.bias is not None)
-            layer.set_submodule(name, LowRankLinear(down, up))
+            factored = _like(linear, columns, rank, bias=False, kind=LowRankLinear)
+            factored.up = _like(linear, rank, rows, linear.bias is not None)
+            layer.set_submodule(name, factored)
     if shares.mlp_channels is not None:
         out = layer.get_submodule(family.mlp_out)
         columns, rows = sizes(out)
@@ -109,11 +109,11 @@ def with_smaller_maps(layer: nn.Module, family: Family, shares: Shares) -> nn.Mo
     return layer
 
 
-def _like(linear: nn.Module, columns: int, rows: int, bias: bool) -> nn.Linear:
+def _like(linear: nn.Module, columns: int, rows: int, bias: bool, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
     weight = linear.weight
     assert isinstance(weight, torch.Tensor)
     with torch.device("meta"):
-        smaller = nn.Linear(columns, rows, bias, dtype=weight.dtype)
+        smaller = kind(columns, rows, bias, dtype=weight.dtype)
     smaller = smaller.to_empty(device=weight.device).requires_grad_(weight.requires_grad)
     with torch.no_grad():
         for parameter in smaller.parameters():

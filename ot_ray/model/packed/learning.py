@@ -13,12 +13,14 @@ from transformers.pytorch_utils import Conv1D
 
 from ot_ray.model.emulator import EmulatorConfig
 from ot_ray.model.families import linear_names
+from ot_ray.model.packed.factored import up_of
 from ot_ray.model.packed.linear import product_dtype
 from ot_ray.model.packed.rounding import prune, rounded
 
 
 class LearningLinear(nn.Module):
-    """``y = x C(W)ᵀ + b``, C as the emulator is compressed. W and b keep their names, shapes and places.
+    """``y = x C(W)ᵀ + b``, C as the emulator is compressed. W and b keep their names, shapes and places; so does the
+    second factor, which goes on from y where W is the first of a map of low rank.
 
     Pruned weights are those that are 0: none of them gets a gradient, so optimiser steps leave them where they are,
     in whatever shards they lie.
@@ -26,7 +28,7 @@ class LearningLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear | Conv1D, config: EmulatorConfig) -> None:
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
+        self.weight, self.bias, self.up = linear.weight, linear.bias, up_of(linear)
         self.transposed, self.config = isinstance(linear, Conv1D), config
         if config.sparsity and not self.weight.is_meta:
             with torch.no_grad():
@@ -40,7 +42,8 @@ class LearningLinear(nn.Module):
         return (weight if bits is None else rounded(weight, bits, self.config.group_size)).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Straight.apply(x, self.weight, self.bias, self)  # type: ignore[no-any-return]
+        y = _Straight.apply(x, self.weight, self.bias, self)
+        return y if self.up is None else self.up(y)  # type: ignore[no-any-return]
 
 
 class _Straight(torch.autograd.Function):

@@ -30,6 +30,8 @@ class PackedLinear(nn.Module):
     mask: Tensor | None
     group_scale: Tensor | None
     group_zero: Tensor | None
+    up: nn.Module | None
+    """Applied to y: the second factor of a map of low rank, whose first is W."""
 
     def __init__(
         self,
@@ -57,6 +59,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("group_zero", empty(groups, torch.uint8, quantized))
         vector = empty((out_features,), dtype, bias)
         self.bias = None if vector is None else nn.Parameter(vector, requires_grad=False)
+        self.up = None
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None, format: PackedFormat, name: str = "a weight") -> PackedLinear:
@@ -105,7 +108,16 @@ class PackedLinear(nn.Module):
         return dequantize(Quantized(codes.view(shape), self.group_scale, self.group_zero), self.format.group_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Through.apply(x, self.bias, self)  # type: ignore[no-any-return]
+        y = _Through.apply(x, self.bias, self)
+        return y if self.up is None else self.up(y)  # type: ignore[no-any-return]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
+        """A scale in bfloat16 would move every weight of its group, so a cast of the model leaves it in float32."""
+        exact = self.group_scale
+        super()._apply(fn, recurse)
+        if exact is not None and self.group_scale is not None and self.group_scale.dtype != exact.dtype:
+            self.group_scale = exact.to(self.group_scale.device)
+        return self
 
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}"

@@ -14,8 +14,7 @@ from pydantic import Field
 from transformers import PreTrainedModel
 
 from ot_ray.config import Config
-from ot_ray.model.bottleneck import check_maps_are_called
-from ot_ray.model.families import family_of, layers_of, linear_names
+from ot_ray.model.families import check_maps_are_called, family_of, layers_of, linear_names
 from ot_ray.model.split import SplitPlan, adapter_state
 
 
@@ -36,7 +35,7 @@ def prepare(model: PreTrainedModel, plan: SplitPlan, settings: LoraSettings) -> 
     Raises:
         UnsupportedModelError: the architecture is set up to pass by its linear maps.
     """
-    check_maps_are_called(model)
+    check_maps_are_called(model.config)
     model.requires_grad_(False)
     return get_peft_model(model, lora_config(model, plan, settings))  # type: ignore[return-value]
 
