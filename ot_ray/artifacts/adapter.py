@@ -19,7 +19,7 @@ from ot_ray.artifacts.checkpoint import ADAPTER_WEIGHTS, DTYPES
 from ot_ray.artifacts.folder import describe_files, list_files, staged_folder
 from ot_ray.artifacts.head import write_head
 from ot_ray.artifacts.lora import LORA_CONFIG, LORA_WEIGHTS
-from ot_ray.artifacts.manifest import MANIFEST, AdapterManifest, BundleManifest, now, to_text
+from ot_ray.artifacts.manifest import MANIFEST, AdapterManifest, BundleManifest, now, schema_version, to_text
 from ot_ray.errors import ArtifactError
 from ot_ray.model import Method, adapter_state, classes_of, depth_of
 from ot_ray.model.bottleneck import CHILD
@@ -68,14 +68,16 @@ def write_adapter(
         base: PreTrainedModel = tuned.get_base_model() if isinstance(tuned, PeftModel) else tuned  # type: ignore[assignment]
         if bundle.head:
             write_head(staging, base, bundle)
+        classes = classes_of(base) if bundle.head else None
         try:
             manifest = AdapterManifest(
+                schema_version=schema_version([method], size, classes),
                 bundle_id=bundle.bundle_id,
                 model=bundle.model,
                 version=bundle.version,
                 method=method,
                 bottleneck=size,
-                classes=classes_of(base) if bundle.head else None,
+                classes=classes,
                 files=describe_files(staging, list_files(staging)[0]),
                 steps=steps,
                 learning_rate=learning_rate,

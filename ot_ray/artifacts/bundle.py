@@ -31,14 +31,16 @@ from ot_ray.artifacts.manifest import (
     BundleManifest,
     bundle_id,
     now,
+    schema_version,
     to_text,
 )
 from ot_ray.artifacts.signature import key_id, sign_folder, verify_folder
 from ot_ray.artifacts.strict_json import parse_object, read_json
-from ot_ray.errors import ArtifactError, SignatureError
+from ot_ray.errors import ArtifactError, ConfigError, SignatureError
 from ot_ray.model import METHODS, Method, SplitPlan, auto_class, check_supported, depth_of
 from ot_ray.model.loading import processor_in
 from ot_ray.model.packed import METHOD
+from ot_ray.model.skeleton import settings_named
 
 _INDEX = "model.safetensors.index.json"
 _REQUIRED = frozenset({"config.json", _INDEX, ADAPTER_WEIGHTS, EMULATOR_WEIGHTS})
@@ -143,11 +145,14 @@ class Bundle:
         """What prepares images for the model.
 
         Raises:
-            ArtifactError: the bundle was written without one.
+            ArtifactError: the bundle was written without one, or it cannot be used.
         """
         if PROCESSOR not in self.manifest.files:
             raise ArtifactError(f"{self.folder} has no {PROCESSOR}; pass a processor to write_bundle")
-        return processor_in(self.folder, str(self.folder))
+        try:
+            return processor_in(self.folder, f"bundle {self.folder}", "fetch the bundle again")
+        except ConfigError as error:
+            raise ArtifactError(str(error)) from None
 
 
 def open_bundle(folder: str | Path, public_key: Path | None = None) -> Bundle:
@@ -177,7 +182,11 @@ def _manifest(folder: Path, **fields: Any) -> BundleManifest:
     files = describe_files(folder, list_files(folder)[0])
     try:
         return BundleManifest(
-            bundle_id=bundle_id(fields["model"], fields["version"], files), files=files, created=now(), **fields
+            schema_version=schema_version(fields["methods"], fields["head"]),
+            bundle_id=bundle_id(fields["model"], fields["version"], files),
+            files=files,
+            created=now(),
+            **fields,
         )
     except ValidationError as error:
         lines = (f"{'.'.join(map(str, item['loc']))} is {item['input']!r}: {item['msg']}" for item in error.errors())
@@ -204,21 +213,25 @@ def _contradictions(folder: Path, manifest: BundleManifest) -> list[str]:
     if manifest.expires and manifest.expires <= now():
         problems.append(f"{MANIFEST}: expires is {manifest.expires.isoformat()}, which is past; fetch a newer version")
     config = parse_object((folder / "config.json").read_bytes(), "config.json")
-    if config.get("model_type") != manifest.model_type or "auto_map" in config:
+    if config.get("model_type") != manifest.model_type or any(settings_named("auto_map", config)):
         problems.append(
             f"config.json: model_type is {config.get('model_type')!r} or it names code of its own; the manifest "
             f"says {manifest.model_type!r}, and no code comes with a bundle; write it anew"
         )
-    packed = config.get("quantization_config")
-    if packed is not None and (not isinstance(packed, dict) or packed.get("quant_method") != METHOD):
+    quantized, packed = list(settings_named("quantization_config", config)), config.get("quantization_config")
+    if quantized and (quantized != ["quantization_config"] or _method_of(packed) != METHOD):
         problems.append(
-            f"config.json: quantization_config names another method than {METHOD!r}, the only one in bundles; write it "
-            "anew"
+            f"config.json: {quantized[-1]} names another method than {METHOD!r}, the only one in bundles, or stands "
+            "in a part of it; write it anew"
         )
     shards = parse_object((folder / _INDEX).read_bytes(), _INDEX).get("weight_map")
     if not isinstance(shards, dict) or not set(map(str, shards.values())) <= {ADAPTER_WEIGHTS, EMULATOR_WEIGHTS}:
         problems.append(f"{_INDEX}: weight_map names other files than the two shards; write it anew")
     return problems
+
+
+def _method_of(quantization: object) -> object:
+    return quantization.get("quant_method") if isinstance(quantization, dict) else None
 
 
 def _check_signature(folder: Path, manifest: BundleManifest, public_key: Path) -> None:

@@ -5,7 +5,8 @@ Reading and verifying the files that a manifest lists is left to folder.py, bund
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
@@ -47,6 +48,13 @@ def _class(name: str) -> str:
     return name
 
 
+def _different(names: tuple[str, ...]) -> tuple[str, ...]:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"class {twice[0]!r} stands twice; give each class one name")
+    return names
+
+
 Name = Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]
 BundleId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,142}$")]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -56,6 +64,7 @@ FileName = Annotated[
     AfterValidator(_data_file),
 ]
 ClassName = Annotated[str, AfterValidator(_class)]
+SchemaVersion = Literal[1, 2]
 Dtype = Literal["F32", "F16", "BF16"]
 
 
@@ -82,8 +91,8 @@ class TensorEntry(Config):
 class BundleManifest(Config):
     """What a bundle is: `manifest.json`, which is written last."""
 
-    schema_version: Literal[1] = 1
-    """Format of this document."""
+    schema_version: SchemaVersion = 1
+    """Format of this document, as `schema_version` gives it."""
     bundle_id: BundleId
     """`<model>-<version>-<12 hexadecimal digits>`, the digits a hash over all files."""
     model: Name
@@ -96,7 +105,7 @@ class BundleManifest(Config):
     """Layers of the emulated model: positions in the bundle, never in the full model."""
     adapter: tuple[TensorEntry, ...]
     """Every tensor of the adapter layers, sorted by name."""
-    head: tuple[TensorEntry, ...] = ()
+    head: tuple[TensorEntry, ...] = Field(default=(), exclude_if=lambda head: not head)
     """The classification head of an image model, which belongs to the adapter; it may return with other classes."""
     files: dict[FileName, FileEntry]
     """Every file but this one and the signature."""
@@ -115,8 +124,8 @@ class BundleManifest(Config):
 class AdapterManifest(Config):
     """What a returned adapter is: `manifest.json` beside its files."""
 
-    schema_version: Literal[1] = 1
-    """Format of this document."""
+    schema_version: SchemaVersion = 1
+    """Format of this document, as `schema_version` gives it."""
     bundle_id: BundleId
     """The bundle that was tuned."""
     model: Name
@@ -125,10 +134,13 @@ class AdapterManifest(Config):
     """Its version."""
     method: Method
     """How it was tuned."""
-    bottleneck: int | None = Field(default=None, ge=1)
+    bottleneck: int | None = Field(default=None, ge=1, exclude_if=lambda size: size is None)
     """Width of the bottlenecks of method `bottleneck`; None with every other."""
-    classes: tuple[ClassName, ...] | None = None
-    """What an image model tells apart, in the order of the head's rows; None for a language model."""
+    classes: Annotated[tuple[ClassName, ...], AfterValidator(_different)] | None = Field(
+        default=None, exclude_if=lambda classes: classes is None
+    )
+    """What an image model tells apart, each by a name of its own, in the order of the head's rows; None for a language
+    model."""
     files: dict[FileName, FileEntry]
     """Every file but this one."""
     steps: int = Field(ge=0)
@@ -139,6 +151,16 @@ class AdapterManifest(Config):
     """Mean loss per token of the emulated model on the tuner's own validation data, in nats; None if unknown."""
     created: AwareDatetime
     """When it was written, UTC."""
+
+
+def schema_version(methods: Iterable[Method], *later: object) -> SchemaVersion:
+    """The oldest format that takes a document, so that whoever knows no newer one reads what it can use.
+
+    Args:
+        methods: the tuning methods that it names; format 1 knows full and lora.
+        later: the values of its fields that format 1 lacks, which leaves out those that are empty or None.
+    """
+    return 2 if any(later) or not {"full", "lora"}.issuperset(methods) else 1
 
 
 def bundle_id(model: str, version: str, files: Mapping[str, FileEntry]) -> str:

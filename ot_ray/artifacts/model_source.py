@@ -57,6 +57,8 @@ class ModelSource:
     """The tensors, read as they are asked for."""
     files: ModelFiles
     """Where everything lies."""
+    head_is_stand_in: bool = False
+    """Whether the checkpoint is of a tower alone, whose head is read as zeros: every class is as likely."""
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer beside the weights.
@@ -73,7 +75,8 @@ class ModelSource:
 
     def processor(self) -> BaseImageProcessor:
         """What prepares images for the model, beside its weights. Raises ConfigError where there is none."""
-        return processor_in(self.files.folder, self.files.where)
+        whose = f"model.source is {self.files.where!r}"
+        return processor_in(self.files.folder, whose, "put the model's own beside its weights")
 
     def generation_config(self) -> GenerationConfig:
         """How the model generates, from its own file or else from `config.json`. Raises ConfigError."""
@@ -178,20 +181,19 @@ def open_model_source(config: ModelConfig, patience_s: float = 0.0) -> ModelSour
         StoreError: S3 does not hand it out.
     """
     files = ModelFiles(config, (*DESCRIPTION, *WEIGHTS), patience_s)
-    source = ModelSource(shape_in(files.folder, files.where), Weights(files.store, files.where), files)
-    _stand_in_for_head(source)
-    return source
+    shape, weights = shape_in(files.folder, files.where), Weights(files.store, files.where)
+    return ModelSource(shape, weights, files, head_is_stand_in=_stand_in_for_head(shape, weights))
 
 
-def _stand_in_for_head(source: ModelSource) -> None:
-    """A checkpoint of a tower alone gets a head of zeros: every class is as likely, until it is tuned."""
-    config = source.config
+def _stand_in_for_head(config: PreTrainedConfig, weights: Weights) -> bool:
+    """Give a checkpoint of a tower alone a head of zeros; whether it was one."""
     path = FAMILIES[config.model_type].head
-    names = {f"{path}.weight", f"{path}.bias"}
-    if path is not None and not names & source.weights.names.keys():
-        classes, width = len(classes_in(config)), layer_config(config).hidden_size
-        source.weights.read_as_zeros(f"{path}.weight", (classes, width))
-        source.weights.read_as_zeros(f"{path}.bias", (classes,))
+    if path is None or {f"{path}.weight", f"{path}.bias"} & weights.names.keys():
+        return False
+    classes, width = len(classes_in(config)), layer_config(config).hidden_size
+    weights.read_as_zeros(f"{path}.weight", (classes, width))
+    weights.read_as_zeros(f"{path}.bias", (classes,))
+    return True
 
 
 def load_shape(config: ModelConfig) -> PreTrainedConfig:

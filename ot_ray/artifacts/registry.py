@@ -4,11 +4,12 @@ Building a model from an adapter is left to the caller; journals are in journal.
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from pydantic import AwareDatetime, Field
@@ -16,7 +17,16 @@ from safetensors.torch import load_file, save_file
 
 from ot_ray.artifacts.folder import describe_files
 from ot_ray.artifacts.journal import Journal
-from ot_ray.artifacts.manifest import NAME_PATTERN, BundleId, ClassName, Sha256, now, to_text
+from ot_ray.artifacts.manifest import (
+    NAME_PATTERN,
+    BundleId,
+    ClassName,
+    SchemaVersion,
+    Sha256,
+    now,
+    schema_version,
+    to_text,
+)
 from ot_ray.artifacts.strict_json import parse_json
 from ot_ray.config import Config
 from ot_ray.errors import AlreadyExistsError, ArtifactError, NotFoundError
@@ -57,8 +67,8 @@ def parse_model_id(text: str) -> ModelId:
 class PlugInRecord(Config):
     """One plug-in: `record.json`, written after its tensors."""
 
-    schema_version: Literal[1] = 1
-    """Format of this document."""
+    schema_version: SchemaVersion = 1
+    """Format of this document, as `schema_version` gives it."""
     model_id: Annotated[str, Field(pattern=f"^{_MODEL_ID.pattern}$")]
     """``ft:<model>:<tenant>:<suffix>:<id>``; the id is the start of `sha256`."""
     bundle_id: BundleId
@@ -66,10 +76,10 @@ class PlugInRecord(Config):
     plan: SplitPlan
     """The split; tensors are named by position in the bundle."""
     sha256: Sha256
-    """Hash of adapter.safetensors."""
+    """Hash of adapter.safetensors, which holds the tensors and the names of the classes."""
     report: dict[str, float]
     """The owner's evaluation, number by name."""
-    classes: tuple[ClassName, ...] | None = None
+    classes: tuple[ClassName, ...] | None = Field(default=None, exclude_if=lambda classes: classes is None)
     """The classes of an image model's head, in the order of its rows; None for a language model."""
     created: AwareDatetime
     """When it was added, UTC."""
@@ -96,7 +106,8 @@ class Registry:
         report: Mapping[str, float],
         classes: Sequence[str] | None = None,
     ) -> PlugInRecord:
-        """Store a tuned adapter. The id follows from its bytes, so adding the same one again returns its record.
+        """Store a tuned adapter. The id follows from its tensors and classes, so adding the same one again returns
+        its record.
 
         Args:
             state: plain tensors, as `plain_state` gives them.
@@ -107,10 +118,13 @@ class Registry:
         """
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, _WEIGHTS)
-            save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, path)
+            # The same head under other names is another plug-in, so the file that the id follows from names them.
+            named = {"classes": json.dumps(list(classes))} if classes is not None else None
+            save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, path, metadata=named)
             sha256 = describe_files(Path(folder), [_WEIGHTS])[_WEIGHTS].sha256
             parts = parse_model_id(str(ModelId(model, tenant, suffix, sha256[:12])))
             record = PlugInRecord(
+                schema_version=schema_version((), classes),
                 model_id=str(parts),
                 bundle_id=bundle_id,
                 plan=plan,

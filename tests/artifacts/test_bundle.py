@@ -265,8 +265,8 @@ def test_unknown_keys_and_schemas_are_refused(bundle_copy: Path) -> None:
     path.write_text(json.dumps({**values, "depth": 24}))
     with pytest.raises(ArtifactError, match="unknown key depth"):
         open_bundle(bundle_copy)
-    path.write_text(json.dumps({**values, "schema_version": 2}))
-    with pytest.raises(ArtifactError, match="schema_version is '2'"):
+    path.write_text(json.dumps({**values, "schema_version": 3}))
+    with pytest.raises(ArtifactError, match="schema_version is '3'"):
         open_bundle(bundle_copy)
     path.write_text(path.read_text().replace("{", '{"model": "other",', 1))
     with pytest.raises(ArtifactError, match="'model' stands twice"):
@@ -294,6 +294,7 @@ def test_wrong_id_is_refused(bundle_copy: Path) -> None:
     [
         ("config.json", '"model_type": "opt"', '"model_type": "llama"', "model_type is 'llama'"),
         ("config.json", "{", '{"auto_map": {"AutoModel": "x.Y"},', "code of its own"),
+        ("config.json", "{", '{"text_config": {"x": [{"auto_map": {"AutoModel": "x.Y"}}]},', "code of its own"),
         ("model.safetensors.index.json", '"emulator.safetensors"', '"../x.safetensors"', "weight_map"),
     ],
 )

@@ -129,15 +129,21 @@ def test_two_classes_as_the_owners_return_as_well(bundles, tmp_path):
     assert torch.equal(_logits(plug_in(full, PLAN, plain_state(returned, adapter_state(full, PLAN)))), _logits(full))
 
 
-def test_an_owners_classes_may_share_a_name_as_imagenets_cranes_do(tmp_path):
+def test_an_owners_classes_may_share_a_name_as_imagenets_cranes_do_and_a_customers_may_not(tmp_path):
     full = tiny_image_model("vit")
     full.config.id2label = {0: "crane", 1: "ibis", 2: "crane"}
     write_bundle(
         tmp_path / "b", emulate(full, PLAN, [0, 3]), None, PLAN, name="a", version="1", card="", recommended={}
     )
     bundle = open_bundle(tmp_path / "b")
-    _written(tmp_path / "adapter", bundle, "bitfit", prepare_tuning(bundle.load_model(), PLAN, "bitfit"))
-    assert inspect_adapter(tmp_path / "adapter", bundle.manifest).manifest.classes == ("crane", "ibis", "crane")
+    model = bundle.load_model()
+    assert classes_of(model) == ("crane", "ibis", "crane")
+    with pytest.raises(ArtifactError, match="class 'crane' stands twice; give each class one name"):
+        _written(tmp_path / "adapter", bundle, "bitfit", prepare_tuning(model, PLAN, "bitfit"))
+    assert not (tmp_path / "adapter").exists()
+    model.config.id2label[2] = "crane, a machine"
+    _written(tmp_path / "adapter", bundle, "bitfit", model)
+    assert inspect_adapter(tmp_path / "adapter", bundle.manifest).manifest.classes[2] == "crane, a machine"
 
 
 def _change(folder, **changes):
@@ -152,6 +158,7 @@ def _change(folder, **changes):
     ("changes", "reason"),
     [
         ({"classes": None}, "classes is missing"),
+        ({"classes": ["a", "b", "a", "d", "e"]}, r"class 'a' stands twice; give each class one name"),
         ({"classes": ["one"]}, r"classes names 1; use 2\.\.6"),
         ({"classes": [f"c{i}" for i in range(7)]}, r"classes names 7; use 2\.\.6"),
         ({"classes": ["a", "b", "c", "d"]}, r"classifier\.bias has shape \(5,\), not \(4,\)"),
@@ -207,7 +214,7 @@ def test_a_head_and_classes_for_a_language_model_are_refused(tmp_path):
     model = emulate(tiny_model("opt"), PLAN, [0, 3])
     write_bundle(tmp_path / "b", model, None, PLAN, name="text", version="1", card="", recommended={})
     bundle = open_bundle(tmp_path / "b")
-    assert b'"head": []' in to_text(bundle.manifest)
+    assert b'"head"' not in to_text(bundle.manifest)
     tuned = prepare_tuning(bundle.load_model(), PLAN, "full")
     write_adapter(tmp_path / "a", tuned, bundle.manifest, method="full", steps=1, learning_rate=0.1)
     save_file({"classifier.weight": torch.zeros(2, 32)}, tmp_path / "a" / "head.safetensors")

@@ -83,6 +83,7 @@ def _config(folder):
 def test_a_full_model_is_loaded_as_transformers_loads_it(owner):
     model, folder = owner
     loaded = load_full(_config(folder))
+    assert not open_model_source(_config(folder)).head_is_stand_in
     theirs = AutoModelForImageClassification.from_pretrained(folder).eval()
     assert type(loaded) is type(theirs)
     ours, expected = loaded.state_dict(), theirs.state_dict()
@@ -126,6 +127,7 @@ def test_a_tower_without_a_head_gets_one_of_zeros(tmp_path):
     whole.vision_model.load_state_dict(clip.vision_model.state_dict())
     whole.save_pretrained(tmp_path / "clip")
     for name, model in (("vit", vit), ("clip", clip)):
+        assert open_model_source(_config(tmp_path / name)).head_is_stand_in
         loaded = load_full(_config(tmp_path / name))
         assert not _logits(loaded).any()
         prepare_head(loaded, CLASSES, seed=1)
@@ -227,3 +229,13 @@ def test_a_bundle_without_a_processor_says_what_to_do(tmp_path):
     write_bundle(tmp_path / "b", emulated, None, PLAN, name="a", version="1", card="", recommended={})
     with pytest.raises(ArtifactError, match="pass a processor to write_bundle"):
         open_bundle(tmp_path / "b").load_processor()
+
+
+def test_a_processor_that_cannot_be_used_is_the_bundles_fault(tmp_path):
+    _write(tmp_path / "bundle", "vit")
+    bundle = open_bundle(tmp_path / "bundle")
+    (bundle.folder / "preprocessor_config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(
+        ArtifactError, match=r"^bundle .*preprocessor_config\.json cannot be .*; fetch the bundle again$"
+    ):
+        bundle.load_processor()

@@ -143,10 +143,13 @@ def test_a_changed_bit_is_found(packed, keys, tmp_path):
         open_bundle(folder, keys[1])
 
 
-def test_another_quantization_method_is_refused(packed, tmp_path):
+@pytest.mark.parametrize("place", ["config.json", "text_config"])
+def test_another_quantization_method_is_refused(packed, tmp_path, place):
     folder = shutil.copytree(packed.bundle.folder, tmp_path / "bundle")
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    # Transformers falls back to a text config's.
+    part = config if place == "config.json" else config.setdefault(place, {})
+    part["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (folder / "config.json").write_text(json.dumps(config))
     _relist(folder)
     with pytest.raises(ArtifactError, match="quantization_config names another method than 'ot_ray'"):

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from ot_ray.artifacts import PlugInRecord, Registry, parse_model_id
 from ot_ray.errors import ArtifactError, NotFoundError, StoreError
@@ -58,6 +60,26 @@ def test_adding_does_not_promote(registry: Registry) -> None:
 
 def test_adding_the_same_again_returns_its_record(registry: Registry) -> None:
     assert add(registry, 1.0) == add(registry, 1.0)
+
+
+def test_other_classes_make_another_plug_in(registry: Registry) -> None:
+    def named(*classes: str) -> PlugInRecord:
+        fields = {"bundle_id": "vit-1-0123456789ab", "plan": PLAN, "report": {}}
+        return registry.add(*WHERE, state(1.0), **fields, classes=classes)  # type: ignore[arg-type]
+
+    one, other = named("cat", "dog"), named("dog", "cat")
+    assert (one.classes, other.classes) == (("cat", "dog"), ("dog", "cat"))
+    assert len({one.model_id, other.model_id, add(registry, 1.0).model_id}) == 3
+    assert named("dog", "cat") == other
+    for record in (one, other):
+        assert record.model_id.endswith(f":{record.sha256[:12]}")
+        loaded = registry.load_state(record.model_id)
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in state(1.0).items())
+
+
+def test_the_id_of_a_language_model_s_plug_in_follows_from_its_tensors_alone(registry: Registry) -> None:
+    content = save(state(1.0))
+    assert add(registry, 1.0).sha256 == hashlib.sha256(content).hexdigest()
 
 
 def test_one_is_current_for_each_suffix(registry: Registry) -> None:
