@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from jobs.evaluation.config import EvaluateConfig
+from jobs.images.opening import labelled_images
 from jobs.limits import require_kind
-from ot_ray.artifacts import InspectedAdapter, inspect_adapter, load_full, open_model_source, plain_state
-from ot_ray.data.images import ImageConfig, LabelledImages, load_images
+from ot_ray.artifacts import inspect_adapter, load_full, open_model_source, plain_state
+from ot_ray.data.images import ImageConfig, LabelledImages
 from ot_ray.evaluation import ACCURACY, FiveSettings, accuracy, class_mean_head
 from ot_ray.model import SplitPlan, adapter_state, plug_in
 from ot_ray.progress import Progress
 from ot_ray.store import download_folder, open_store
-from ot_ray.training import TrainingConfig, fit_images
-from ot_ray.training.text_source import bucket_files
+from ot_ray.training import fit_images
 
 
 def measure_images(config: EvaluateConfig) -> FiveSettings:
@@ -33,7 +34,7 @@ def measure_images(config: EvaluateConfig) -> FiveSettings:
     source = open_model_source(config.model)
     require_kind(source.config.model_type, "test", images=True)
     processor = source.processor()
-    train, test = (_labelled(images) for images in (config.train_images, config.test_images))
+    train, test = (labelled_images(images) for images in (config.train_images, config.test_images))
     test = test.with_classes(train.classes, "a head made of train_images")
     with tempfile.TemporaryDirectory() as temporary:
         bundle = config.bundle.open(Path(temporary) / "bundle")
@@ -45,21 +46,22 @@ def measure_images(config: EvaluateConfig) -> FiveSettings:
         test.with_classes(classes, "the adapter's head")
         train.with_classes(classes, "the adapter's head")
         emulated = bundle.load_model()
-    model = load_full(config.model, source=source)
+    model, workers = load_full(config.model, source=source), config.test_images.workers
     state = plain_state(adapter, adapter_state(model, plan))
     tuned = {
-        "ot_emulator": accuracy(plug_in(emulated, plan, state, classes), test, processor),
-        "ot_plug_in": accuracy(plug_in(model, plan, state, classes), test, processor),
+        "ot_emulator": accuracy(plug_in(emulated, plan, state, classes), test, processor, workers),
+        "ot_plug_in": accuracy(plug_in(model, plan, state, classes), test, processor, workers),
     }
-    class_mean_head(model, train, processor)
-    class_mean_head(emulated, train, processor)
+    class_mean_head(model, train, processor, config.train_images.workers)
+    class_mean_head(emulated, train, processor, config.train_images.workers)
     return FiveSettings(
-        full_zero_shot=accuracy(model, test, processor),
-        emulator_zero_shot=accuracy(emulated, test, processor),
+        full_zero_shot=accuracy(model, test, processor, workers),
+        emulator_zero_shot=accuracy(emulated, test, processor, workers),
         **tuned,
         # Last, because it changes the model in place.
-        full_fine_tuned=_full_fine_tuned(model, train, test, processor, config.training, config.train_images.workers),
+        full_fine_tuned=_full_fine_tuned(model, train, test, processor, config),
         measure=ACCURACY,
+        method=adapter.manifest.method,
     )
 
 
@@ -69,19 +71,22 @@ def image_report(
     emulated: PreTrainedModel,
     model: PreTrainedModel,
     plan: SplitPlan,
-    adapter: InspectedAdapter,
+    state: Mapping[str, torch.Tensor],
+    classes: Sequence[str],
 ) -> dict[str, float]:
     """Accuracies of an adapter that came back: in the emulated model, and plugged into the full one.
+
+    Args:
+        state: the adapter, as `plain_state` gives it for `model`.
+        classes: that its head tells apart.
 
     Raises:
         DataError: images do not open, or are of classes that the adapter does not know; names both.
     """
-    classes = adapter.manifest.classes or ()
-    chosen = _labelled(images).with_classes(classes, "the adapter's head")
-    state = plain_state(adapter, adapter_state(model, plan))
+    chosen = labelled_images(images).with_classes(classes, "the adapter's head")
     return {
-        "ot_emulator_accuracy": accuracy(plug_in(emulated, plan, state, classes), chosen, processor),
-        "plug_in_accuracy": accuracy(plug_in(model, plan, state, classes), chosen, processor),
+        "ot_emulator_accuracy": accuracy(plug_in(emulated, plan, state, classes), chosen, processor, images.workers),
+        "plug_in_accuracy": accuracy(plug_in(model, plan, state, classes), chosen, processor, images.workers),
     }
 
 
@@ -90,9 +95,10 @@ def _full_fine_tuned(
     train: LabelledImages,
     test: LabelledImages,
     processor: BaseImageProcessor,
-    training: TrainingConfig,
-    workers: int,
+    config: EvaluateConfig,
 ) -> float:
+    assert config.train_images and config.test_images
+    training = config.training
     torch.manual_seed(training.seed)
     model.requires_grad_(True)
     with Progress("full fine-tuning", training.steps) as bar:
@@ -101,13 +107,7 @@ def _full_fine_tuned(
             train,
             processor,
             training,
-            workers=workers,
+            workers=config.train_images.workers,
             report=lambda figures: bar.at(int(figures["step"]), loss=figures["loss"]),
         )
-    return accuracy(model, test, processor)
-
-
-def _labelled(config: ImageConfig) -> LabelledImages:
-    images = load_images(config, bucket_files(config.source))
-    images.require_classes()
-    return images
+    return accuracy(model, test, processor, config.test_images.workers)

@@ -7,12 +7,13 @@ from typing import Any
 
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from jobs.images.opening import labelled_images
 from jobs.tuning.config import TuneConfig
 from ot_ray.artifacts import Bundle, BundleManifest
-from ot_ray.data.images import ImageConfig, LabelledImages, image_digest, load_images
-from ot_ray.evaluation import accuracy, class_mean_head, mean_image_loss
+from ot_ray.data.images import LabelledImages, image_digest
+from ot_ray.evaluation import class_mean_head, loss_and_accuracy
 from ot_ray.training import TrainingConfig, TrainingResult, fit_images
-from ot_ray.training.text_source import bucket_files
+from ot_ray.training.text_source import image_files
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class ImageWork:
     processor: BaseImageProcessor
     """The bundle's own."""
     workers: int
-    """Threads that decode ahead."""
+    """Threads that decode ahead, in training and in evaluation."""
     digest: str
     """What identifies the training images."""
 
@@ -48,10 +49,8 @@ class ImageWork:
         """`validation_loss` in nats an image, and `validation_accuracy`."""
         assert self.held_out is not None
         plain = tuned.get_base_model() if hasattr(tuned, "get_base_model") else tuned
-        return {
-            "validation_loss": mean_image_loss(plain, self.held_out, self.processor),
-            "validation_accuracy": accuracy(plain, self.held_out, self.processor),
-        }
+        loss, right = loss_and_accuracy(plain, self.held_out, self.processor, self.workers)
+        return {"validation_loss": loss, "validation_accuracy": right}
 
     def fit(self, tuned: Any, training: TrainingConfig, **hooks: Any) -> TrainingResult:
         """Tune whatever has gradients. `hooks` as for `fit_images`."""
@@ -68,12 +67,12 @@ def open_image_work(bundle: Bundle, config: TuneConfig) -> ImageWork:
     """
     assert config.images is not None
     processor = bundle.load_processor()
-    images = _labelled(config.images)
+    images = labelled_images(config.images)
     held_out = None
     if config.validation_images is not None:
-        held_out = _labelled(config.validation_images).with_classes(images.classes, "the training images' head")
+        held_out = labelled_images(config.validation_images).with_classes(images.classes, "the training images' head")
     model = bundle.load_model()
-    class_mean_head(model, images, processor)
+    class_mean_head(model, images, processor, config.images.workers)
     return ImageWork(
         model=model,
         bundle=bundle.manifest,
@@ -81,11 +80,5 @@ def open_image_work(bundle: Bundle, config: TuneConfig) -> ImageWork:
         held_out=held_out,
         processor=processor,
         workers=config.images.workers,
-        digest=image_digest(config.images, bucket_files(config.images.source)),
+        digest=image_digest(config.images, image_files(config.images.source)),
     )
-
-
-def _labelled(config: ImageConfig) -> LabelledImages:
-    images = load_images(config, bucket_files(config.source))
-    images.require_classes()
-    return images

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ot_ray.data.order import EpochOrder
-from ot_ray.data.packing import PackedSequence, collate, without_padding
+from ot_ray.data.packing import PackedSequence, collate
 from ot_ray.errors import ConfigError, DataError, TrainingError
 
 
@@ -108,7 +108,7 @@ class BatchStream:
         Every rank calls this once for each batch. Ranks in order hold the global batch's rows in order.
 
         Returns:
-            `collate`'s tensors of shape [rows, T], without the columns that are padding in all of these rows.
+            `collate`'s tensors of shape [rows, T].
 
         Raises:
             ConfigError: `batch_size` is below `world_size`, or there is no such rank.
@@ -116,7 +116,7 @@ class BatchStream:
         rows = rows_of(self._batch_size, rank, world_size)
         sequences = [self._sequences[self._order.at(self._position + row)] for row in rows]
         self._position += self._batch_size
-        return without_padding(collate(sequences))
+        return collate(sequences)
 
     def state(self) -> dict[str, int]:
         """What a checkpoint keeps: the number of sequences consumed, the same on every rank."""

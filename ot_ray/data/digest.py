@@ -60,18 +60,16 @@ def _etag(file: SourceFile) -> str:
 
 
 def _content(info: FileInfo) -> tuple[int, str]:
+    return info.size, file_sha256(info.key)
+
+
+def file_sha256(path: str) -> str:
+    """The sha256 of a file of this machine. Raises DataError where it cannot be read."""
     try:
-        with Path(info.key).open("rb") as file:
-            return info.size, _sha256(file)
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise DataError(f"{info.key}: cannot be read: {error.strerror}") from None
-
-
-def _sha256(file: Any) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def resolved_revision(config: DataConfig) -> str | None:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ot_ray.data.race import HARNESS_DATASET, training_documents
 from ot_ray.data.readers import BEGINNING, Place, Record
 from ot_ray.errors import ConfigError, DataError, MissingDependencyError, OTRayError
 
@@ -162,13 +163,29 @@ def _unreachable(manager: Any, name: str, error: BaseException) -> str:
     )
 
 
+def splits_of(task: Any) -> list[str]:
+    """Which of `train`, `validation` and `test` a task of `load_task` has documents of."""
+    there = {known for known, theirs in _SPLITS.items() if getattr(task, f"has_{theirs}_docs")()}
+    if _is_race(task):
+        there.add("train")
+    return [known for known in _SPLITS if known in there]
+
+
 def _documents(task: Any, name: str, split: str) -> Any:
-    there = [known for known, theirs in _SPLITS.items() if getattr(task, f"has_{theirs}_docs")()]
+    there = splits_of(task)
     if split not in there:
-        raise DataError(
-            f"task:{name} has no split {split!r}; use {' or '.join(there)}, or a task of your own over its data"
-        )
+        # What a model is scored on is nothing to train it on.
+        others = [known for known in there if (split, known) != ("train", "test")]
+        way_out = f"use {' or '.join(others)}" if others else "name another source of text"
+        raise DataError(f"task:{name} has no split {split!r}; {way_out}, or a task of your own over its data")
+    if split == "train" and _is_race(task):
+        with quiet_harness():
+            return training_documents(task.config.dataset_name)
     return getattr(task, f"{_SPLITS[split]}_docs")()
+
+
+def _is_race(task: Any) -> bool:
+    return task.config.dataset_path == HARNESS_DATASET and not task.has_training_docs()
 
 
 def _row(task: Any, document: Mapping[str, Any]) -> dict[str, str]:

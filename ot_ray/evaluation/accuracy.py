@@ -21,37 +21,50 @@ SCALE = 10.0
 
 
 def accuracy(
-    model: PreTrainedModel, images: LabelledImages, processor: BaseImageProcessor, batch_size: int = 64
+    model: PreTrainedModel,
+    images: LabelledImages,
+    processor: BaseImageProcessor,
+    workers: int = 0,
+    batch_size: int = 64,
 ) -> float:
-    """Share of the images whose class has the highest logit, each image once.
+    """The second figure of `loss_and_accuracy`, of the same arguments and errors."""
+    return loss_and_accuracy(model, images, processor, workers, batch_size)[1]
+
+
+def loss_and_accuracy(
+    model: PreTrainedModel,
+    images: LabelledImages,
+    processor: BaseImageProcessor,
+    workers: int = 0,
+    batch_size: int = 64,
+) -> tuple[float, float]:
+    """Mean cross-entropy of the images' classes in nats, and the share of the images whose class has the highest
+    logit; each image once.
 
     Args:
-        model: its classes include those of the images; put into evaluation mode for the time.
+        model: its classes include those of the images; for the time put into evaluation mode, and from the CPU onto
+            the first GPU where there is one.
+        workers: threads that decode ahead.
         batch_size: images a pass.
 
     Raises:
         DataError: the images have classes that the model's head does not know (names both), or one does not open.
     """
     counted = images.with_classes(classes_of(model), "the model's head")
-    right = 0
-    for batch, logits in _passes(model, counted, processor, batch_size):
-        right += int((logits.argmax(dim=-1) == batch["labels"].to(logits.device)).sum())
-    return right / len(counted)
-
-
-def mean_image_loss(
-    model: PreTrainedModel, images: LabelledImages, processor: BaseImageProcessor, batch_size: int = 64
-) -> float:
-    """Mean cross-entropy of the images' classes, in nats. Arguments and errors as for `accuracy`."""
-    counted = images.with_classes(classes_of(model), "the model's head")
-    loss = 0.0
-    for batch, logits in _passes(model, counted, processor, batch_size):
-        loss += F.cross_entropy(logits.float(), batch["labels"].to(logits.device), reduction="sum").item()
-    return loss / len(counted)
+    loss, right = 0.0, 0
+    for batch, logits in _passes(model, counted, processor, workers, batch_size):
+        labels = batch["labels"].to(logits.device)
+        loss += F.cross_entropy(logits.float(), labels, reduction="sum").item()
+        right += int((logits.argmax(dim=-1) == labels).sum())
+    return loss / len(counted), right / len(counted)
 
 
 def class_mean_head(
-    model: PreTrainedModel, images: LabelledImages, processor: BaseImageProcessor, batch_size: int = 64
+    model: PreTrainedModel,
+    images: LabelledImages,
+    processor: BaseImageProcessor,
+    workers: int = 0,
+    batch_size: int = 64,
 ) -> None:
     """Give a model a head for the classes of the images, in closed form and in place: nearest class mean by cosine.
 
@@ -71,7 +84,7 @@ def class_mean_head(
             "add some, or leave the classes out"
         )
     prepare_head(model, images.classes, seed=0)
-    features_ND = _features(model, images, processor, batch_size)
+    features_ND = _features(model, images, processor, workers, batch_size)
     weight_CD, bias_C = class_means(features_ND, torch.tensor(images.labels, device=features_ND.device))
     head = head_of(model)
     assert head is not None
@@ -91,14 +104,16 @@ def class_means(features_ND: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
     return weight_CD, -(weight_CD @ centre_D)
 
 
-def _features(model: PreTrainedModel, images: LabelledImages, processor: BaseImageProcessor, batch_size: int) -> Tensor:
+def _features(
+    model: PreTrainedModel, images: LabelledImages, processor: BaseImageProcessor, workers: int, batch_size: int
+) -> Tensor:
     """What the head is given, [N, D]."""
     seen: list[Tensor] = []
     head = head_of(model)
     assert head is not None
     hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().float()))
     try:
-        for _ in _passes(model, images, processor, batch_size):
+        for _ in _passes(model, images, processor, workers, batch_size):
             pass
     finally:
         hook.remove()
@@ -106,18 +121,21 @@ def _features(model: PreTrainedModel, images: LabelledImages, processor: BaseIma
 
 
 def _passes(
-    model: PreTrainedModel, images: LabelledImages, processor: BaseImageProcessor, batch_size: int
+    model: PreTrainedModel, images: LabelledImages, processor: BaseImageProcessor, workers: int, batch_size: int
 ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     """Each batch with its logits [rows, C]."""
     training, like = model.training, next(model.parameters())
+    home = like.device
+    device = torch.device("cuda") if home.type == "cpu" and torch.cuda.is_available() else home
     # A model that is being tuned is of float32 where it learns and may be of bfloat16 where it is frozen.
     mixed = len({parameter.dtype for parameter in model.parameters()}) > 1
     model.eval()
     try:
-        for batch in ordered_batches(images, processor, batch_size):
-            pixels = batch["pixel_values"].to(like.device, torch.float32 if mixed else like.dtype)
-            with torch.no_grad(), torch.autocast(like.device.type, torch.bfloat16, enabled=mixed):
+        model.to(device)  # type: ignore[arg-type]
+        for batch in ordered_batches(images, processor, batch_size, workers):
+            pixels = batch["pixel_values"].to(device, torch.float32 if mixed else like.dtype)
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=mixed):
                 logits = model(pixel_values=pixels).logits
             yield batch, logits
     finally:
-        model.train(training)
+        model.train(training).to(home)  # type: ignore[arg-type]

@@ -71,7 +71,8 @@ class TrainingConfig(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainingConfig:
-        if self.warmup_steps > self.steps:
+        # A run that is left out warms nothing up.
+        if self.warmup_steps > self.steps > 0:
             raise ValueError(
                 f"warmup_steps is {self.warmup_steps}, but there are {self.steps} steps; use at most that many"
             )

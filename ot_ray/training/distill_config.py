@@ -64,7 +64,9 @@ class DistillConfig(Config):
         if self.images is None and self.validation_images is not None:
             raise ValueError("validation_images is set, but a language model is distilled; set validation")
         if self.images is not None and self.validation is not None:
-            raise ValueError("validation is set, but an image model is distilled; set validation_images")
+            raise ValueError(
+                "validation is set, but an image model is distilled; set validation_images, and validation=null"
+            )
         if self.images is not None and self.loss != DistillLoss():
             raise ValueError("loss is set, but images are distilled by the middle's output alone; leave it out")
         return self
@@ -83,5 +85,7 @@ def require_text_or_images(field: str, text: Config | None, images: Config | Non
         field: the name of the field that holds the text.
     """
     if (text is None) == (images is None):
-        given = "neither is set" if text is None else "both are set"
-        raise ValueError(f"{field} is for language models and images for image models, and {given}; set one of them")
+        given, way_out = "both are set", f"leave one out: {field}=null or images=null"
+        if text is None:
+            given, way_out = "neither is set", f"set {field}.source=... or images.source=..."
+        raise ValueError(f"{field} is for language models and images for image models, and {given}; {way_out}")

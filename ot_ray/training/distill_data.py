@@ -14,7 +14,7 @@ from ot_ray.data.streaming import open_stream
 from ot_ray.model import classes_in
 from ot_ray.training.distill_config import DistillConfig
 from ot_ray.training.emulator_gap import HeldOut, held_out_images, held_out_text
-from ot_ray.training.text_source import bucket_files, files_of
+from ot_ray.training.text_source import files_of, image_files
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def distill_data_digest(config: DistillConfig) -> str:
     """What identifies the training data, without making batches of it. Raises DataError."""
     patience = config.training.store_patience_s
     if config.images is not None:
-        return image_digest(config.images, bucket_files(config.images.source, patience))
+        return image_digest(config.images, image_files(config.images.source, patience))
     return source_digest(config.text, files_of(config.text, patience))
 
 
@@ -53,7 +53,8 @@ def _text(config: DistillConfig, source: ModelSource, rank: int, world_size: int
 
     def held_out(chosen: DataConfig) -> HeldOut:
         return held_out_text(
-            load_sequences(chosen, tokenizer, config.sequence_length, files=files_of(chosen, patience))
+            load_sequences(chosen, tokenizer, config.sequence_length, files=files_of(chosen, patience)),
+            compiled=training.compile,
         )
 
     batches = open_stream(
@@ -74,10 +75,13 @@ def _images(config: DistillConfig, chosen: ImageConfig, source: ModelSource) -> 
     processor = source.processor()
 
     def held_out(chosen: ImageConfig) -> HeldOut:
-        files = bucket_files(chosen.source, patience)
-        images = load_images(chosen, files).with_classes(classes_in(source.config), "the full model's head")
+        files = image_files(chosen.source, patience)
+        images = load_images(chosen, files, checked=True).with_classes(
+            classes_in(source.config), "the full model's head"
+        )
         return held_out_images(images, processor, image_digest(chosen, files))
 
-    images = load_images(chosen, bucket_files(chosen.source, patience))
+    # Whoever started the ranks has looked at the headers; each of them again would ask a bucket for all of them.
+    images = load_images(chosen, image_files(chosen.source, patience), checked=True)
     batches = ImageBatches(images, processor, training.batch_size, training.seed, chosen.workers)
     return DistillData(batches, (lambda: held_out(validation)) if validation is not None else None)

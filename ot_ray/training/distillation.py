@@ -77,7 +77,7 @@ def distill(config: DistillConfig, report: Report | None = None) -> dict[str, An
                 checkpoints=checkpoints,
                 report=_reporting(config, source, history, engine, report),
             )
-        perplexity = gap.measure_end()
+        perplexity = gap.measure_end(training.steps)
         _leave_weights(engine, module, store, config)
         steps = history.close() if rank == 0 else history.steps
         engine.barrier()

@@ -110,7 +110,8 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def micro_batches(batch: Batch, config: TrainingConfig, rank: int, world_size: int) -> list[tuple[Batch, int]]:
-    """Split a rank's rows into passes through the model, as many on every rank (ZeRO-3 works in lockstep).
+    """Split a rank's rows into passes through the model, as many on every rank (ZeRO-3 works in lockstep), each
+    without the columns that are padding in all of its rows; compiled layers get whole rows.
 
     Args:
         batch: the rows that `rows_of` gives this rank, in tensors of shape [rows, ...].
@@ -133,7 +134,9 @@ def micro_batches(batch: Batch, config: TrainingConfig, rank: int, world_size: i
     for start in range(0, largest, size):
         count = max(0, min(size, share - start))
         rows = slice(start, start + count) if count else slice(0, 1)
-        passes.append(({name: tensor[rows] for name, tensor in batch.items()}, count))
+        part = {name: tensor[rows] for name, tensor in batch.items()}
+        # What is compiled is compiled for one shape.
+        passes.append((part if config.compile else without_padding(part), count))
     return passes
 
 
@@ -176,8 +179,6 @@ class TorchEngine:
             group["lr"] = lr
         outputs = []
         for rows, count in micro_batches(batch, self._config, self.rank, self.world_size):
-            # What is compiled is compiled for one shape.
-            rows = rows if self._config.compile else without_padding(rows)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self._config.precision == "bfloat16"):
                 output = self.module(**{name: tensor.to(self.device) for name, tensor in rows.items()})
             (output["loss"] * (count / self._config.batch_size)).backward()

@@ -10,15 +10,13 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from ot_ray.data import BatchStream, PackedSequence, collate
+from ot_ray.data import BatchStream, PackedSequence
 from ot_ray.model import DistillLoss, DistillModel, EmulatorConfig, SplitPlan
 from ot_ray.model.choice import smaller_layers
+from ot_ray.training.calibration import calibration_text
 from ot_ray.training.config import TrainingConfig
 from ot_ray.training.engine import TorchEngine
 from ot_ray.training.loop import Report, train
-
-_ROWS = 4
-"""Rows of a calibration batch."""
 
 
 def distil_here(
@@ -52,8 +50,7 @@ def distil_here(
     torch.manual_seed(config.seed)
     module = DistillModel(copy.deepcopy(model), plan, kept, loss or DistillLoss(), emulator=emulator)
     if emulator is not None and emulator.factored:
-        batches = (collate(sequences[i : i + _ROWS]) for i in range(0, len(sequences), _ROWS))
-        module.start_from(smaller_layers(model, plan, kept, emulator, batches))
+        module.start_from(smaller_layers(model, plan, kept, emulator, calibration_text(sequences)))
     engine = TorchEngine(module, config)
     train(engine, BatchStream(sequences, config.batch_size, config.seed), config, report=report)
     return {name: tensor.float().cpu().clone() for name, tensor in module.emulator_state().items()}

@@ -127,10 +127,11 @@ def _one_step(engine: Engine, batches: Batches, config: TrainingConfig, step: in
 
 
 def _speed(batch: Batch, rows_per_s: float) -> dict[str, float]:
-    """Tokens a second of text, images a second of images."""
+    """Tokens a second of text, without padding; images a second of images."""
     if "input_ids" not in batch:
         return {"images_per_s": rows_per_s}
-    return {"tokens_per_s": rows_per_s * batch["input_ids"].shape[1]}
+    tokens = batch["real"] if "real" in batch else torch.ones_like(batch["input_ids"])
+    return {"tokens_per_s": rows_per_s * float(tokens.sum()) / len(tokens)}
 
 
 def _evaluated(engine: Engine, evaluate: Evaluate) -> dict[str, float]:

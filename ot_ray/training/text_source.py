@@ -13,7 +13,10 @@ from ot_ray.data.files import S3, FileInfo, Files, bucket_address
 from ot_ray.store import PatientStore, Store, open_store
 
 BLOCK = 8 << 20
-"""Bytes a request."""
+"""Bytes a request for text, which is read from end to end."""
+
+HEADER = 16 << 10
+"""Bytes a request for an image whose header alone is looked at; what is read whole is one request anyway."""
 
 
 def files_of(config: DataConfig, patience_s: float = 0.0) -> Files | None:
@@ -22,21 +25,25 @@ def files_of(config: DataConfig, patience_s: float = 0.0) -> Files | None:
     Args:
         patience_s: seconds that a read waits for a store that does not answer.
     """
-    return bucket_files(config.source, patience_s)
+    return _bucket(config.source, patience_s, BLOCK)
 
 
-def bucket_files(source: str, patience_s: float = 0.0) -> Files | None:
-    """What opens the files of an `s3://` source; None for any other. `patience_s` as for `files_of`."""
+def image_files(source: str, patience_s: float = 0.0) -> Files | None:
+    """What opens the images of a source as `files_of` opens text: None where it is no `s3://` address."""
+    return _bucket(source, patience_s, HEADER)
+
+
+def _bucket(source: str, patience_s: float, block: int) -> Files | None:
     if not source.startswith(S3):
         return None
-    return StoreFiles(PatientStore(open_store(bucket_address(source)), patience_s))
+    return StoreFiles(PatientStore(open_store(bucket_address(source)), patience_s), block)
 
 
 class StoreFiles:
-    """A store's objects as files: read by ranges, so that a file of any size takes `BLOCK` bytes of memory."""
+    """A store's objects as files: read by ranges, so that a file of any size takes `block` bytes of memory."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, store: Store, block: int = BLOCK) -> None:
+        self._store, self._block = store, block
 
     def list(self, prefix: str) -> Iterator[FileInfo]:
         """The object under the key `prefix`, or all objects in the folder `prefix`."""
@@ -47,7 +54,7 @@ class StoreFiles:
 
     def open(self, key: str) -> BinaryIO:
         """A buffered, seekable stream. Raises NotFoundError."""
-        return io.BufferedReader(_Object(self._store, key, self._store.info(key).size), BLOCK)
+        return io.BufferedReader(_Object(self._store, key, self._store.info(key).size), self._block)
 
 
 class _Object(io.RawIOBase):
@@ -68,6 +75,12 @@ class _Object(io.RawIOBase):
 
     def tell(self) -> int:
         return self._place
+
+    def readall(self) -> bytes:
+        # The inherited one asks for 8 KiB at a time.
+        data = self._store.read_range(self._key, self._place, self._size) if self._place < self._size else b""
+        self._place += len(data)
+        return data
 
     def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def, override]
         end = min(self._size, self._place + len(buffer))

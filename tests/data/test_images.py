@@ -93,6 +93,30 @@ def test_what_is_wrong_with_a_folder(pets: Path, tmp_path: Path) -> None:
         load("s3://bucket/pets?endpoint_url=http://x")
 
 
+@pytest.mark.parametrize(
+    ("folders", "splits"),
+    [(["train", "test"], "test, train"), (["Train", "val", "extra"], "Train, val"), (["train"], "train")],
+)
+def test_splits_are_no_classes(folders: list[str], splits: str, tmp_path: Path) -> None:
+    for name in folders:
+        save(tmp_path / "pets" / name / "cat/1.png")
+        save(tmp_path / "pets" / name / "dog/1.png")
+    last = splits.split(", ")[-1]
+    chosen = "train" if "train" in folders else splits.split(", ")[0]
+    expected = rf"its folders {splits} are splits and no classes; .* images\.source=\S*pets/{chosen}$"
+    with pytest.raises(DataError, match=expected):
+        load(tmp_path / "pets")
+    with pytest.raises(DataError, match=r"images\.source=s3://bucket/pets/"):
+        load_images(ImageConfig(source="s3://bucket/pets/?endpoint_url=http://secret"), Bucket(tmp_path))
+    assert load(tmp_path / "pets" / last).classes == ("cat", "dog")
+
+
+def test_one_class_may_have_the_name_of_a_split(tmp_path: Path) -> None:
+    for name in ("bus", "tram", "train"):
+        save(tmp_path / name / "1.png")
+    assert load(tmp_path).classes == ("bus", "train", "tram")
+
+
 def test_images_that_do_not_open_are_counted_and_ten_are_named(pets: Path) -> None:
     for number in range(12):
         (pets / f"cat/broken{number:02}.png").write_bytes(b"no image at all")

@@ -51,9 +51,17 @@ def test_pixels_and_labels_are_those_of_the_files(images: LabelledImages) -> Non
     assert batch["labels"].tolist() == [0, 0, 0, 0, 1, 1, 1] and batch["labels"].dtype == torch.int64
 
 
-def test_ordered_batches_show_each_image_once(images: LabelledImages) -> None:
-    sizes = [len(batch["labels"]) for batch in ordered_batches(images, PROCESSOR, 3)]
-    assert sizes == [3, 3, 1]
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_ordered_batches_show_each_image_once(images: LabelledImages, workers: int) -> None:
+    (whole,) = ordered_batches(images, PROCESSOR, COUNT)
+    for size, sizes in ((3, [3, 3, 1]), (2, [2, 2, 2, 1]), (COUNT, [COUNT])):
+        batches = list(ordered_batches(images, PROCESSOR, size, workers))
+        assert [len(batch["labels"]) for batch in batches] == sizes
+        assert all(torch.equal(torch.cat([batch[name] for batch in batches]), whole[name]) for name in whole)
+    started = ordered_batches(images, PROCESSOR, 2, workers)
+    next(started)
+    started.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("images")]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -144,7 +144,7 @@ def test_the_digest_is_that_of_the_examples(folder: Path, tmp_path: Path) -> Non
 def test_what_is_not_there_is_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no split 'validation'; use train or test"):
         list(read_documents(config("local_arc", folder, split="validation")))
-    with pytest.raises(DataError, match=r"no split 'train'; use test"):
+    with pytest.raises(DataError, match=r"no split 'train'; name another source of text"):
         list(read_documents(config("small_race", folder)))
     with pytest.raises(ConfigError, match="did you mean openbookqa"):
         list(read_documents(config("openbookqs", None)))

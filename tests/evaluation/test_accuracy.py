@@ -12,7 +12,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from ot_ray.data.images import ImageConfig, LabelledImages, load_images, ordered_batches
 from ot_ray.errors import DataError
-from ot_ray.evaluation import ACCURACY, FiveSettings, accuracy, class_mean_head, mean_image_loss
+from ot_ray.evaluation import ACCURACY, FiveSettings, accuracy, class_mean_head, loss_and_accuracy
 from ot_ray.evaluation.accuracy import SCALE
 from ot_ray.model import IMAGE_FAMILIES, classes_of
 from tests.fixtures.models import SIDE, tiny_image_model
@@ -66,10 +66,28 @@ def test_accuracy_and_loss_are_those_of_the_logits(images: LabelledImages) -> No
     logits = logits_of(model, images)
     right = (logits.argmax(-1) == torch.tensor(images.labels)).tolist()
     assert 0 < sum(right) < len(images)
-    assert accuracy(model, images, PROCESSOR, batch_size=5) == sum(right) / len(images)
     logs = logits.double().log_softmax(-1)
     expected = -sum(logs[i, label].item() for i, label in enumerate(images.labels)) / len(images)
-    assert mean_image_loss(model, images, PROCESSOR, batch_size=5) == pytest.approx(expected, rel=1e-6)
+    share = sum(right) / len(images)
+    for workers in (0, 3):
+        found = loss_and_accuracy(model, images, PROCESSOR, workers, batch_size=5)
+        assert found == (pytest.approx(expected, rel=1e-6), share)
+    assert accuracy(model, images, PROCESSOR, batch_size=5) == share
+
+
+def test_a_model_on_the_cpu_is_measured_on_the_gpu_and_comes_back(images: LabelledImages) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    model = tiny_image_model("vit")
+    class_mean_head(model, images, PROCESSOR)
+    seen: set[str] = set()
+    hook = model.classifier.register_forward_pre_hook(lambda _, inputs: seen.add(inputs[0].device.type))
+    first = loss_and_accuracy(model, images, PROCESSOR)
+    hook.remove()
+    assert seen == {"cuda"} and next(model.parameters()).device.type == "cpu"
+    logits = logits_of(model, images)
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(images.labels)).item()
+    assert first[0] == pytest.approx(loss, rel=1e-3)
 
 
 def test_classes_are_matched_by_name_and_not_by_number(images: LabelledImages) -> None:

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from ot_ray.data import BatchStream, TokenSpan, pack
 from ot_ray.errors import DataError, StoreFullError, TrainingError
 from ot_ray.store import LocalStore, open_store
 from ot_ray.training import Checkpoints, TorchEngine, train
+from tests.fixtures.models import tokens
 from tests.training.replicas import plain, run_ranks
 from tests.training.samples import LENGTH, Dropped, stream, training
 
@@ -111,6 +113,15 @@ def test_tokens_of_all_workers_are_counted_whatever_their_share():
     for result in run_ranks(2, config, lambda engine: train(engine, stream(config), config)):
         for figures in result.history:
             assert figures["tokens_per_s"] == pytest.approx(5 * LENGTH / figures["seconds"])
+
+
+def test_padding_is_no_token():
+    config = training(batch_size=2, steps=2, micro_batch_size=1)
+    ids = tokens(2, LENGTH).tolist()
+    spans = [TokenSpan(row[:size], [True] * size, splittable=False) for row, size in zip(ids, (3, 5), strict=True)]
+    rows = [pack([span], LENGTH, pad_id=0)[0] for span in spans]
+    for figures in run(config, batches=BatchStream(rows, 2, seed=0)).history:
+        assert figures["tokens_per_s"] == pytest.approx(8 / figures["seconds"])
 
 
 def test_batches_come_in_the_streams_order():

@@ -4,6 +4,7 @@ The loop that asks for batches, and the checkpoint that keeps the position, belo
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -102,11 +103,25 @@ class ImageBatches:
 
 
 def ordered_batches(
-    images: LabelledImages, processor: BaseImageProcessor, batch_size: int
+    images: LabelledImages, processor: BaseImageProcessor, batch_size: int, workers: int = 0
 ) -> Iterator[dict[str, Tensor]]:
-    """Every image once, in order; the last batch may be smaller. Raises DataError as `next_batch` does."""
-    for start in range(0, len(images), batch_size):
-        yield images_at(images, range(start, min(start + batch_size, len(images))), processor)
+    """Every image once, in order; the last batch may be smaller. Raises DataError as `next_batch` does.
+
+    Args:
+        workers: threads that decode one batch ahead; 0 decodes when a batch is asked for.
+    """
+    parts = [range(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size)]
+    if not workers:
+        yield from (images_at(images, part, processor) for part in parts)
+        return
+    pool, ahead = ThreadPoolExecutor(workers, "images"), deque[list[Future[Tensor]]]()
+    try:
+        for number, part in enumerate(parts):
+            for following in parts[number + len(ahead) : number + 2]:
+                ahead.append([pool.submit(pixels_of, images, index, processor) for index in following])
+            yield _batch(images, part, [future.result() for future in ahead.popleft()])
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def images_at(images: LabelledImages, chosen: Sequence[int], processor: BaseImageProcessor) -> dict[str, Tensor]:

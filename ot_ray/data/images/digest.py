@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ot_ray.data.digest import resolved_revision
+from ot_ray.data.digest import file_sha256, resolved_revision
 from ot_ray.data.documents import HUB, DataConfig
 from ot_ray.data.files import S3, FileInfo, Files, LocalFiles
 from ot_ray.data.images.config import ImageConfig
@@ -48,24 +48,13 @@ def resolved_image_revision(config: ImageConfig) -> str | None:
 def _dataset(config: ImageConfig, name: str) -> list[Any]:
     if Path(name).is_dir():
         found = LocalFiles().list(name)
-        return [[Path(info.key).relative_to(name).as_posix(), info.size, _sha256(info.key)] for info in found]
+        return [[Path(info.key).relative_to(name).as_posix(), info.size, file_sha256(info.key)] for info in found]
     return [name, resolved_image_revision(config)]
 
 
 def _mark(config: ImageConfig, info: FileInfo) -> str:
     if not config.source.startswith(S3):
-        return _sha256(info.key)
+        return file_sha256(info.key)
     if not info.etag:
         raise DataError(f"{info.key}: the bucket keeps no checksum or ETag of it; upload it again")
     return info.etag
-
-
-def _sha256(path: str) -> str:
-    try:
-        with Path(path).open("rb") as file:
-            digest = hashlib.sha256()
-            while block := file.read(1 << 20):
-                digest.update(block)
-            return digest.hexdigest()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None

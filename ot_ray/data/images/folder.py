@@ -13,6 +13,8 @@ from ot_ray.data.images.labelled import NO_LABEL, LabelledImages
 from ot_ray.data.images.named import named
 from ot_ray.errors import ConfigError, DataError
 
+_SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation"})
+"""Names of folders that hold a split rather than a class."""
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".gif"})
 
 
@@ -39,12 +41,14 @@ def folder_images(config: ImageConfig, files: Files | None = None) -> LabelledIm
         files: opens the files of `s3://` sources.
 
     Raises:
-        DataError: there is no such folder, it holds no image, or images stand beside class folders.
+        DataError: there is no such folder, it holds no image, or splits instead of classes, or images stand beside
+            class folders.
         ConfigError: an `s3://` source without `files`; a source that is neither folder nor data set.
     """
     found, opener, prefix = files_below(config, files)
     rows = [(PurePosixPath(relative).parts, info) for relative, info in found]
     classes = sorted({parts[0] for parts, _ in rows if len(parts) > 1})
+    _refuse_splits(config, classes)
     beside = [info.key for parts, info in rows if len(parts) == 1 and _is_image(info)]
     if classes and beside:
         raise DataError(
@@ -90,6 +94,17 @@ def files_below(config: ImageConfig, files: Files | None) -> tuple[list[tuple[st
     below = [(info.key.removeprefix(start), info) for info in files.list(folder)]
     visible = [(name, info) for name, info in below if not any(part.startswith(".") for part in name.split("/"))]
     return sorted(visible, key=lambda item: item[0]), files, f"{S3}{address.netloc}/"
+
+
+def _refuse_splits(config: ImageConfig, classes: Sequence[str]) -> None:
+    splits = [name for name in classes if name.lower() in _SPLITS]
+    # A lone class of such a name may be meant; two, or nothing else, are a data set cut for training and testing.
+    if len(splits) > 1 or (splits and len(splits) == len(classes)):
+        folder = config.name.rstrip("/")
+        raise DataError(
+            f"{config.name}: its folders {', '.join(splits)} are splits and no classes; name one of them, say "
+            f"images.source={folder}/{'train' if 'train' in splits else splits[0]}"
+        )
 
 
 def _refuse(config: ImageConfig, path: Path) -> None:
