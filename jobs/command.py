@@ -8,9 +8,9 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args
+from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
 from ot_ray.config import Config, load
 from ot_ray.errors import OTRayError
@@ -98,18 +98,54 @@ def quiet_libraries() -> None:
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
 
 
-def _fields(cls: type[Config], prefix: str = "") -> str:
-    lines = []
+def _fields(cls: type[Config]) -> str:
+    return "\n".join(["settings:", *_settings(cls, "", None, "required", {})])
+
+
+def _settings(
+    cls: type[Config], prefix: str, given: Config | None, required: str, listed: dict[type[Config], str]
+) -> Iterator[str]:
+    """Lines for each setting of a section.
+
+    Args:
+        given: where the section has a default, its values; unset, the class's own defaults count.
+        required: what is said of a setting that has none.
+        listed: where the settings of a list's sections stand already, by their class.
+    """
     for name, field in cls.model_fields.items():
-        section = next((part for part in _parts(field.annotation) if issubclass(part, Config)), None)
+        key = prefix + name
+        unset = given is None and field.is_required()
+        value = None if unset else getattr(given, name) if given else field.get_default(call_default_factory=True)
+        said = f"      {' '.join((field.description or '').split())}"
+        section, is_list = _section(field.annotation)
+        if section is None:
+            yield f"  {key}  ({required if unset else f'default {value!r}'})\n{said}"
+        elif is_list:
+            known = listed.setdefault(section, f"{key}[i]")
+            yield f"  {key}  (a list, {required if unset else f'default {list(value or ())!r}'})\n{said}"
+            yield f"      Each of its items is a section with the settings of {known}."
+            if known == f"{key}[i]":
+                yield from _settings(section, f"{known}.", None, "required within it", listed)
+        else:
+            off = value is None and not unset
+            about = _off(key, section) if off else f"a section, {required}" if unset else "a section"
+            yield f"  {key}  ({about})\n{said}"
+            inner = value if isinstance(value, section) else None
+            yield from _settings(section, f"{key}.", inner, "required within it" if off else required, listed)
+
+
+def _off(key: str, section: type[Config]) -> str:
+    needs = any(field.is_required() for field in section.model_fields.values())
+    return "off unless set" if needs else f"off unless set; {key}={{}} turns it on with defaults"
+
+
+def _section(annotation: Any) -> tuple[type[Config] | None, bool]:
+    """The section that a setting is, may be, or is a list of; and whether it is a list."""
+    if isinstance(annotation, type) and get_origin(annotation) is None:
+        return (annotation if issubclass(annotation, Config) else None), False
+    is_list = get_origin(annotation) in (list, tuple)
+    for part in get_args(annotation):
+        section, inner_list = _section(part)
         if section is not None:
-            lines.append(_fields(section, f"{prefix}{name}."))
-            continue
-        default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
-        lines.append(f"  {prefix}{name}  ({default})\n      {' '.join((field.description or '').split())}")
-    return "\n".join(lines) if prefix else "settings:\n" + "\n".join(lines)
-
-
-def _parts(annotation: Any) -> list[type]:
-    # An optional section is a union of the section and None.
-    return [part for part in (annotation, *get_args(annotation)) if isinstance(part, type)]
+            return section, is_list or inner_list
+    return None, False

@@ -21,6 +21,7 @@ from ot_ray.errors import LaunchError, MissingDependencyError
 _ADDRESS = re.compile(r"(?:ray://)?(?P<host>[^/:\s]+|\[[0-9a-fA-F:]+\]):(?P<port>[0-9]{1,5})")
 _CONNECT_SECONDS = 5.0
 _BUSY_SECONDS = 60.0
+_OOM_RETRIES = "3"
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ def ray_cluster(
         MissingDependencyError: Ray is not installed.
     """
     address = address or os.environ.get("RAY_ADDRESS")
+    # Ray would try a task that does not fit into a machine's memory for ever. The process that submits it counts.
+    os.environ.setdefault("RAY_task_oom_retries", _OOM_RETRIES)
     if address is None:
         _choose_authentication()
         # A cluster of this one machine has no nodes to be preempted, and its watcher prints errors.
@@ -78,10 +81,8 @@ def ray_cluster(
             _init(address, log_to_driver=show_logs, **new)
     except Exception as error:  # of a node that does not come up in time, Ray says so in a bare one
         target = f"connect to Ray at {address}" if address else "start a local Ray"
-        cause = f" ({str(error.__cause__).strip()})" if error.__cause__ is not None else ""
-        raise LaunchError(
-            f"could not {target}: {str(error).strip()}{cause}; check the address and `ray status`"
-        ) from None
+        cause = f" ({_said(error.__cause__)})" if error.__cause__ is not None else ""
+        raise LaunchError(f"could not {target}: {_said(error)}{cause}; check the address and `ray status`") from None
     try:
         yield _address()
     finally:
@@ -95,13 +96,26 @@ def _init(address: str | None, **options: Any) -> None:
     while True:
         try:
             ray.init(address=address or "local", logging_level=logging.ERROR, **options)
-        except ConnectionError:
+        except ConnectionError as error:
             # Somebody listens there: a cluster with much to do may miss Ray's own, short deadlines.
-            if address is None or time.monotonic() > deadline:
+            if address is None or time.monotonic() > deadline or _final(address, error):
                 raise
             time.sleep(1.0)
         else:
             return
+
+
+def _final(address: str, error: ConnectionError) -> bool:
+    """Whether trying again would meet the same: a wrong token, or no cluster, or several, to find by `auto`."""
+    if error.__cause__ is None:
+        return address == "auto"
+    # Ray puts the stack of what it met into the text.
+    return "AuthenticationError" in str(error.__cause__)
+
+
+def _said(error: BaseException) -> str:
+    text = str(error).strip()
+    return " ".join((text.splitlines()[-1] if "Traceback (most recent call last)" in text else text).split())
 
 
 def _require_listener(address: str) -> None:

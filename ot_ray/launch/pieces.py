@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ot_ray.errors import OTRayError
+from ot_ray.launch.devices import gpu_visibility
 from ot_ray.launch.failures import first_line
 
 
@@ -35,12 +36,13 @@ def run_pieces(
     """Run pieces as the cluster, to which this process is connected, has room for them.
 
     Args:
-        resources: of each, as Ray counts them, such as `{"CPU": 1}`.
+        resources: of each, as Ray counts them, such as `{"CPU": 1}`; without GPUs among them, a piece sees none.
         done: called here with each piece that succeeded and what it returned, as it comes.
         environment: variables of the workers.
 
     Returns:
-        Why each piece failed that did, by its name.
+        Why each piece failed that did, by its name; one whose machine ran out of memory, after the retries that
+        `ray_cluster` allows.
     """
     import ray
     from ray.exceptions import RayError
@@ -50,7 +52,7 @@ def run_pieces(
         num_cpus=resources.get("CPU", 0),
         num_gpus=resources.get("GPU", 0),
         resources=rest or None,
-        runtime_env={"env_vars": dict(environment or {})},
+        runtime_env={"env_vars": {**(environment or {}), **gpu_visibility(resources)}},
     )
     references: dict[str, Any] = {}
     waiting: dict[Any, Piece] = {}
@@ -80,7 +82,18 @@ def _run(function: Callable[[dict[str, Any]], Any], payload: dict[str, Any], *ea
 
 
 def _reason(error: BaseException) -> str:
+    from ray.exceptions import OutOfMemoryError, RayError
+
     cause = getattr(error, "cause", None)
     if isinstance(cause, OTRayError):
         return str(cause)
-    return f"{type(cause).__name__}: {cause}" if isinstance(cause, Exception) else first_line(error)
+    if isinstance(cause, Exception) and not isinstance(cause, RayError):
+        return f"{type(cause).__name__}: {cause}"
+    # What became of an earlier piece comes as the cause of those that wait for it.
+    ended = cause if isinstance(cause, RayError) else error
+    if isinstance(ended, OutOfMemoryError):
+        return (
+            f"its machine ran out of memory each time that it was tried ({first_line(ended)}); let fewer run at a "
+            "time, by more CPUs for each, or take machines with more memory"
+        )
+    return first_line(ended)

@@ -128,7 +128,7 @@ def search_rates(
         tell: shows one line: that the search waits for room.
 
     Raises:
-        TrainingError: every trial failed; the message lists each rate with its reason.
+        TrainingError: no trial finished; the message lists each rate with what became of it.
         LaunchError: there was no room for a trial for too long, or the cluster is reached through Ray's client.
         MissingDependencyError: Ray Tune is not installed.
     """
@@ -151,12 +151,24 @@ def search_rates(
 
 def _found(trials: list[Trial], outcome: tuple[float, Any] | None) -> Found:
     if outcome is None:
-        reasons = "; ".join(f"{trial.rate:g}: {trial.reason or 'it did not finish'}" for trial in trials)
-        raise TrainingError(
-            f"every trial of the learning-rate search failed ({reasons}); mend that, or lower search.rates"
-        )
+        raise TrainingError(_unfinished(trials))
     rate, value = outcome
     return Found(trials, next(trial for trial in trials if trial.rate == rate), value)
+
+
+def _unfinished(trials: Sequence[Trial]) -> str:
+    stopped = [trial for trial in trials if trial.status == "stopped"]
+    failed = [trial for trial in trials if trial.status != "stopped"]
+    reasons = "; ".join(f"{trial.rate:g}: {trial.reason or 'it did not finish'}" for trial in failed)
+    if not stopped:
+        return f"every trial of the learning-rate search failed ({reasons}); mend that, or lower search.rates"
+    best = min(stopped, key=lambda trial: (trial.curve[-1]["validation_loss"], trial.rate))
+    return (
+        f"no trial of the learning-rate search finished: {len(failed)} failed ({reasons}), and the other "
+        f"{len(stopped)} had been stopped early for being behind; the best of these is {best.rate:g}, at step "
+        f"{best.step} with a validation loss of {best.curve[-1]['validation_loss']:g}; mend the failure, or try that "
+        f"rate alone by search.rates=[{best.rate:g}]"
+    )
 
 
 @contextmanager

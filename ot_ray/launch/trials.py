@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ot_ray.errors import LaunchError, OTRayError, TrainingError
 from ot_ray.launch.attendance import each
+from ot_ray.launch.devices import gpu_visibility
 from ot_ray.launch.failures import first_line
 from ot_ray.launch.search import SearchConfig, Trial, TrialFunction
 
@@ -71,6 +72,7 @@ class _Work:
     payload: Any
     steps: int
     keeper: Any
+    environment: Mapping[str, str]
 
 
 def run_trials(
@@ -92,7 +94,7 @@ def run_trials(
     watch = _Watch(config, steps, show, tell, interrupted)
     try:
         with tempfile.TemporaryDirectory(prefix="ot-ray-search-") as place, _quiet():
-            work = _Work(function, payload, steps, keeper)
+            work = _Work(function, payload, steps, keeper, gpu_visibility(config.resources))
             results = _fit(_tuner(work, config, steps, watch, place))
             # They come in the order of the grid; a trial that reported nothing does not know its own rate.
             for rate, result in zip(config.rates, results, strict=True):
@@ -139,6 +141,8 @@ def _fit(tuner: tune.Tuner) -> Any:
 
 def _trial(space: dict[str, float], work: _Work) -> None:
     """Runs on a machine of the cluster, with what Ray Tune chose."""
+    # A trial has a process of its own, and nothing has looked for GPUs there yet.
+    os.environ.update(work.environment)
     rate, losses = space["rate"], []
     last: dict[str, float] = {}
 

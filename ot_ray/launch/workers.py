@@ -18,6 +18,7 @@ from pydantic import Field, field_validator
 from ot_ray.config import Config
 from ot_ray.errors import LaunchError
 from ot_ray.launch.attendance import Attendance, asked, each, tell_on_stderr
+from ot_ray.launch.devices import gpu_visibility
 from ot_ray.launch.failures import Failure, machines, read_failure
 
 WorkerFunction = Callable[[dict[str, Any]], dict[str, Any]]
@@ -135,7 +136,7 @@ def _attempt(
         name=f"{run_name}-{secrets.token_hex(4)}",
         storage_path=group.ray_storage,
         # Ray Train would turn every print of a library into a log line of its own.
-        worker_runtime_env={"env_vars": {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}},
+        worker_runtime_env={"env_vars": {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0", **gpu_visibility(group.resources)}},
         failure_config=_no_retries(),
         # At its usual level Ray Train repeats what our own progress says.
         logging_config=LoggingConfig(log_level="WARNING"),

@@ -20,6 +20,11 @@ def after_note(payload: dict[str, Any]) -> bool:
     return Path(payload["place"], payload["earlier"]).exists()
 
 
+def seen_gpus(payload: dict[str, Any]) -> tuple[str | None, int]:
+    """What hides GPUs from this process, and which it is."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES"), os.getpid()
+
+
 def refuse(payload: dict[str, Any]) -> None:
     raise DataError(f"{payload['name']} is no text; write text")
 

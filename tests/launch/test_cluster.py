@@ -25,6 +25,22 @@ for address in sys.argv[1:]:
     except LaunchError as error:
         print(f"refused: {error}")
 """
+_COUNTED = """
+import sys
+import ray
+from ot_ray.errors import LaunchError
+from ot_ray.launch import ray_cluster
+tries, init = [], ray.init
+def counted(**options):
+    tries.append(options)
+    return init(**options)
+ray.init, ray.__version__ = counted, sys.argv[2] or ray.__version__
+try:
+    with ray_cluster(sys.argv[1]):
+        print("connected")
+except LaunchError as error:
+    print(len(tries), error)
+"""
 
 
 @pytest.mark.slow
@@ -82,6 +98,31 @@ def test_wrong_addresses_are_refused_at_once() -> None:
     assert client.startswith(f"refused: address is 'ray://{closed}', where no Ray cluster answers")
     assert nonsense == "refused: address is 'http://127.0.0.1:8265'; use host:port, ray://host:port or auto"
     assert "127.0.0.1:99999" in port
+
+
+@pytest.mark.slow
+def test_what_waiting_cannot_mend_is_refused_at_the_first_try() -> None:
+    # A Ray of its own, which asks for a token whatever the session's does.
+    code = f"""
+import os, subprocess, sys
+from ot_ray.launch import ray_cluster
+with ray_cluster(num_cpus=1, dashboard=False, show_logs=False) as cluster:
+    print(cluster.ray, flush=True)
+    for token, version in (("0" * 64, ""), (os.environ["RAY_AUTH_TOKEN"], "2.0.0")):
+        environment = {{**os.environ, "RAY_AUTH_TOKEN": token}}
+        subprocess.run([sys.executable, "-c", {_COUNTED!r}, cluster.ray, version], env=environment, check=True)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "1" * 64}
+    shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=280)
+    assert shown.returncode == 0, shown.stderr
+    address, token, version = shown.stdout.splitlines()
+    for line, said in (
+        (token, "InvalidAuthToken: Authentication token is missing or incorrect"),
+        (version, "Version mismatch: The cluster was started with: Ray: 2.6"),
+    ):
+        assert line.startswith(f"1 could not connect to Ray at {address}: ")
+        assert said in line and "Traceback" not in line
 
 
 @pytest.mark.slow

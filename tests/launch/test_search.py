@@ -24,7 +24,7 @@ from ot_ray.errors import ConfigError, LaunchError, TrainingError
 from ot_ray.launch import SearchConfig, search_rates
 from ot_ray.launch.cluster import ClusterAddress
 from ot_ray.launch.trials import Keeper
-from tests.launch.trial_functions import failing, told_losses
+from tests.launch.trial_functions import failing, falling, seen_gpus, told_losses
 
 ROOT = Path(__file__).parents[2]
 # A trial's process takes ten seconds to start, and many times that on a machine with other things to do.
@@ -117,6 +117,24 @@ def test_a_search_in_which_every_trial_fails_says_why_each_did(local_ray: Cluste
         "every trial of the learning-rate search failed (2e-05: ValueError: odd; 0.0002: the validation loss became "
         "nan at step 2); mend that, or lower search.rates"
     )
+
+
+@pytest.mark.slow
+def test_a_search_whose_survivor_dies_tells_who_was_stopped(local_ray: ClusterAddress) -> None:
+    losses = {1e-4: [1.0, 1.0], 2e-4: [3.0, 3.0, 3.0], 3e-4: [2.5, 2.5, 2.5]}
+    config = SearchConfig(rates=tuple(losses), grace_steps=2, **IN_ORDER)
+    with pytest.raises(TrainingError) as caught:
+        search_rates(falling, losses, config, 4)
+    assert str(caught.value) == (
+        "no trial of the learning-rate search finished: 1 failed (0.0001: the disk is full; make room), and the other "
+        "2 had been stopped early for being behind; the best of these is 0.0003, at step 2 with a validation loss of "
+        "2.5; mend the failure, or try that rate alone by search.rates=[0.0003]"
+    )
+
+
+@pytest.mark.slow
+def test_without_gpus_a_trial_sees_none(local_ray: ClusterAddress) -> None:
+    assert search_rates(seen_gpus, None, SearchConfig(rates=(1e-4,)), 1).outcome == ""
 
 
 @pytest.mark.slow

@@ -43,6 +43,19 @@ def failing(payload: dict[Any, str], rate: float, report: Report) -> str:
     return "made"
 
 
+def falling(payload: dict[float, list[float]], rate: float, report: Report) -> None:
+    """Report this rate's validation losses, one a step, and die before the last step."""
+    for step, loss in enumerate(payload[rate], 1):
+        report({"step": float(step), "loss": 1.0, "validation_loss": loss})
+    raise TrainingError("the disk is full; make room")
+
+
+def seen_gpus(payload: None, rate: float, report: Report) -> str | None:
+    """One step; what hides GPUs from the trial."""
+    report({"step": 1.0, "loss": 1.0, "validation_loss": 1.0})
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
 def endless(payload: dict[str, str], rate: float, report: Report) -> None:
     """Leave a mark, and go on for as long as anybody may wait."""
     Path(payload["marks"], str(os.getpid())).touch()
