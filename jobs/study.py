@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs.command import config_file, run_command
-from jobs.limits import require_folder, require_kind, require_length
+from jobs.evaluation.places import reachable_model
+from jobs.limits import require_folder, require_length, require_text
 from jobs.studies.config import StudyConfig
 from jobs.studies.gathering import read_other, study_of
 from jobs.studies.parts import Parts, RowParts
@@ -20,7 +21,7 @@ from ot_ray.artifacts import open_model_source
 from ot_ray.errors import StudyError
 from ot_ray.evaluation.study import Measured, Study, write_report
 from ot_ray.launch import ray_cluster
-from ot_ray.model import ModelConfig
+from ot_ray.model import ModelConfig, layer_config
 from ot_ray.store import LocalStore, Store, open_store
 
 BASE = Path(__file__).parent / "base"
@@ -34,10 +35,10 @@ def run(config: StudyConfig) -> dict[str, Any]:
     if isinstance(store, LocalStore):
         require_folder("output", str(store.root))
     elsewhere = read_other(config.other)
-    model = config.model or ModelConfig(name="docs", source=str(BASE))
+    model = reachable_model(config.model or ModelConfig(name="docs", source=str(BASE)))
     source = open_model_source(model)
-    depth = source.config.num_hidden_layers
-    require_kind(source.config.model_type, "data", images=False)
+    require_text(source.config.model_type, "jobs.study")
+    depth = layer_config(source.config).num_hidden_layers
     config.check(depth)
     require_length(config.sequence_length, source.config)
     texts, contents = read_texts(config, source)
@@ -52,7 +53,7 @@ def run(config: StudyConfig) -> dict[str, Any]:
 
 def _computed(config: StudyConfig, rows: Rows, texts: Texts, store: Store) -> dict[str, Result]:
     with ray_cluster(config.address, num_cpus=config.num_cpus, dashboard=False):
-        return run_rows([row for _, row in rows], texts, store)
+        return run_rows([row for _, row in rows], texts, store, config.workers)
 
 
 def _kept(rows: Rows, store: Store) -> dict[str, Result]:

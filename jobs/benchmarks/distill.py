@@ -12,7 +12,7 @@ from pydantic import Field
 
 from jobs.benchmarks.distill_side import Side, SideConfig
 from jobs.benchmarks.shapes import Shape, shape_of
-from jobs.benchmarks.sides import GIB, keep, machine, middle, require_device, run_side
+from jobs.benchmarks.sides import GIB, keep, machine, middle, require_device, require_output, run_side
 from ot_ray.config import Config
 from ot_ray.model import DistillOptions
 from ot_ray.training import TrainingConfig
@@ -60,6 +60,7 @@ class DistillBenchmark(Config):
 def run(config: DistillBenchmark) -> dict[str, Any]:
     """Distil random models of published shapes the plain way and in one pass, side by side."""
     require_device(config.device)
+    require_output(config.output)
     shapes = {name: _sized(shape_of(name), config) for name in config.shapes}
     results = {name: _compare(shape, config) for name, shape in shapes.items()}
     print(table(results), file=sys.stderr)

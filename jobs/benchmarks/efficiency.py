@@ -4,6 +4,7 @@ Each side runs in processes of its own, in turns; what happens in one is in effi
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any, Literal, get_args
 
@@ -11,12 +12,15 @@ from pydantic import Field, model_validator
 
 from jobs.benchmarks.efficiency_side import Side, SideConfig
 from jobs.benchmarks.shapes import Shape, shape_of
-from jobs.benchmarks.sides import GIB, keep, machine, middle, require_device, run_side
+from jobs.benchmarks.sides import GIB, keep, machine, middle, require_device, require_output, run_side
 from ot_ray.config import Config
 from ot_ray.model import LoraSettings
 
 REFERENCE: Side = "FT"
 """What the other sides are held against."""
+PAPER, AIM = (6.5, 5.6), (8.0, 6.0)
+"""How many times the speed of full fine-tuning offsite tuning with LoRA has, and into how small a part of its memory
+it fits: in the paper's Table 6 (GPT2-XL), and as this project wants it."""
 
 
 class EfficiencyBenchmark(Config):
@@ -62,6 +66,7 @@ class EfficiencyBenchmark(Config):
 def run(config: EfficiencyBenchmark) -> dict[str, Any]:
     """Tune random models of published shapes in full, by LoRA, offsite, and by Transformers' Trainer, side by side."""
     require_device(config.device)
+    require_output(config.output)
     shapes = {name: shape_of(name) for name in config.shapes}
     results = {
         f"{name}, batch {size}": _compare(_sized(shape, config), size, config)
@@ -134,7 +139,7 @@ def _ratio(found: dict[str, Any], reference: dict[str, Any]) -> dict[str, float]
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """The figures as aligned text: one line a side, with its ratios to full fine-tuning."""
+    """The figures as aligned text: one line a side, with its ratios to full fine-tuning, and a verdict at the end."""
     lines = []
     for name, result in results.items():
         lines.append(f"{name}, split {result['split']}, {result['sequence_length']} tokens a sequence")
@@ -142,7 +147,33 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             f"  {side:8s} {_figures(found)}{_ratios(result['ratios'].get(side))}"
             for side, found in result["sides"].items()
         ]
+        lines += _verdict(result["ratios"])
     return "\n".join(lines)
+
+
+def _verdict(ratios: dict[str, dict[str, float] | None]) -> list[str]:
+    """A line that holds the ratios against the paper's and the aim; none where those sides did not run or failed."""
+    said = []
+    tuned, trainer = ratios.get("OT+LoRA"), ratios.get("Trainer")
+    if tuned is not None:
+        speed, memory = tuned["speed"], _inverse(tuned["memory"])
+        said.append(f"OT+LoRA has {speed:.1f} x the speed of {REFERENCE} ({_held(speed, PAPER[0], AIM[0])})")
+        said.append(f"1/{memory:.1f} of its memory ({_held(memory, PAPER[1], AIM[1], '1/')})")
+    if trainer is not None:
+        said.append(
+            f"{REFERENCE} has {_inverse(trainer['speed']):.2f} x the speed and {_inverse(trainer['memory']):.2f} x the "
+            "memory of Trainer"
+        )
+    return [f"  verdict  {', '.join(said)}"] if said else []
+
+
+def _held(found: float, paper: float, aim: float, unit: str = "") -> str:
+    place = "reaches the aim" if found >= aim else "reaches the paper's" if found >= paper else "short of the paper's"
+    return f"{place}; paper {unit}{paper:g}, aim {unit}{aim:g}"
+
+
+def _inverse(ratio: float) -> float:
+    return 1 / ratio if ratio else math.inf
 
 
 def _figures(found: dict[str, Any]) -> str:

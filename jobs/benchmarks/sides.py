@@ -19,6 +19,7 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from jobs.limits import require_folder
 from ot_ray.config import Config
 from ot_ray.errors import ConfigError
 
@@ -29,6 +30,21 @@ def require_device(device: str) -> None:
     """Raises ConfigError for a GPU that is not there."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is 'cuda', but PyTorch sees no GPU here; use device=cpu")
+
+
+def require_output(output: str | None) -> None:
+    """Make the folder of a result's file, before anything is measured.
+
+    Raises:
+        ConfigError: the file can be none.
+    """
+    if output is None:
+        return
+    path = Path(output)
+    if path.is_dir():
+        raise ConfigError(f"output is {output!r}, which is a folder; name a file in it")
+    require_folder("output", str(path.parent))
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def run_side(module: str, config: Config, timeout_s: float) -> dict[str, Any]:

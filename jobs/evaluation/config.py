@@ -17,6 +17,7 @@ from ot_ray.training import TrainingConfig
 Setting = Literal["full_zero_shot", "emulator_zero_shot", "ot_emulator", "ot_plug_in", "full_fine_tuned"]
 ALL: tuple[Setting, ...] = ("full_zero_shot", "emulator_zero_shot", "ot_emulator", "ot_plug_in", "full_fine_tuned")
 WITH_BUNDLE: frozenset[Setting] = frozenset({"emulator_zero_shot", "ot_emulator", "ot_plug_in"})
+EMULATED: frozenset[Setting] = frozenset({"emulator_zero_shot", "ot_emulator"})
 TUNED: frozenset[Setting] = frozenset({"ot_emulator", "ot_plug_in"})
 
 
@@ -90,6 +91,11 @@ class EvaluateConfig(Config):
         if self.test_images is not None:
             self._check_images()
             return self
+        if self.train_images is not None:
+            raise ValueError(
+                "train_images is set, but test_images is not, so that nothing says what to measure on; set "
+                "test_images.source=..."
+            )
         if self.test is None and self.harness is None:
             raise ValueError("test is required, or harness; set test.source=... or harness.tasks=[...]")
         wanted = set(self.harness.settings) if self.harness is not None else set()

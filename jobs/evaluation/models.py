@@ -10,9 +10,10 @@ from typing import Any, cast
 
 import torch
 from safetensors.torch import load_model, save_model
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from jobs.evaluation.config import TUNED, WITH_BUNDLE, EvaluateConfig, Setting
+from jobs.evaluation.config import EMULATED, TUNED, WITH_BUNDLE, EvaluateConfig, Setting
+from jobs.limits import require_same_model
 from ot_ray.artifacts import (
     Bundle,
     InspectedAdapter,
@@ -55,7 +56,7 @@ class Models:
             OTRayError: a bundle, adapter or training text is not there or not sound.
         """
         found: dict[str, Any] = {"setting": setting, "dtype": self._config.model.dtype}
-        if setting != "emulator_zero_shot" and setting != "ot_emulator":
+        if setting not in EMULATED:
             found["model"] = self.source.version
         if setting in WITH_BUNDLE:
             found["bundle"] = self._bundle().manifest.bundle_id
@@ -75,7 +76,7 @@ class Models:
         Raises:
             OTRayError: something is not there or not sound.
         """
-        emulated = setting in ("emulator_zero_shot", "ot_emulator")
+        emulated = setting in EMULATED
         model = self._bundle().load_model(DTYPES[self._config.model.dtype]) if emulated else self._full()
         if setting in TUNED:
             plan = self._bundle().manifest.plan
@@ -87,6 +88,11 @@ class Models:
                 kept.download(_weights_key(identity), file)
                 load_model(model, file)
         return model.eval()
+
+    def tokenizer(self, setting: Setting) -> PreTrainedTokenizerBase:
+        """What the model of a setting reads text with: the bundle's own for the emulator, so that nothing decides a
+        score that its identity does not name. Raises ArtifactError: the bundle has none."""
+        return self._bundle().load_tokenizer() if setting in EMULATED else self.source.tokenizer()
 
     def fine_tune(self, task: str, identity: dict[str, Any], kept: Store) -> None:
         """Train the reference of a task, full fine-tuning, and keep its weights; where they are kept, do nothing.
@@ -122,6 +128,7 @@ class Models:
         if self._opened is None:
             assert self._config.bundle is not None
             self._opened = self._config.bundle.open(self._folder / "bundle")
+            require_same_model(self._opened.manifest.model, self._config.model.name)
         return self._opened
 
     def _inspected(self, address: str) -> InspectedAdapter:

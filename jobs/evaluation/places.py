@@ -1,4 +1,4 @@
-"""Local paths of a configuration made absolute: a worker's folder is not the command's."""
+"""Local paths of a configuration made absolute, because a worker's folder is not the command's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def reachable(config: EvaluateConfig) -> EvaluateConfig:
     tasks, bundle = config.harness, config.bundle
     assert tasks is not None
     changes: dict[str, Any] = {
-        "model": _model(config.model),
+        "model": reachable_model(config.model),
         "adapter": _address(config.adapter),
         "train": _data(config.train),
         "harness": tasks.model_copy(
@@ -33,7 +33,8 @@ def reachable(config: EvaluateConfig) -> EvaluateConfig:
     return config.model_copy(update=changes)
 
 
-def _model(model: ModelConfig) -> ModelConfig:
+def reachable_model(model: ModelConfig) -> ModelConfig:
+    """The same model, by its absolute path where it is a folder of this machine."""
     # What is no folder here is an address, or a name on the hub.
     return model.model_copy(update={"source": _path(model.source)}) if Path(model.source).is_dir() else model
 

@@ -16,8 +16,8 @@ from jobs.evaluation.config import EvaluateConfig, Setting, TaskEvaluation
 from jobs.evaluation.models import Models
 from jobs.evaluation.places import reachable
 from jobs.limits import require_kind
-from ot_ray.data.tasks import load_task
-from ot_ray.errors import LaunchError
+from ot_ray.data.tasks import load_task, splits_of
+from ot_ray.errors import ConfigError, LaunchError
 from ot_ray.evaluation.harness import ScoreCache, TaskScore, TaskTable, score, task_identity
 from ot_ray.evaluation.harness.cache import identity_key
 from ot_ray.launch import ray_cluster
@@ -80,7 +80,7 @@ def score_settings(config: EvaluateConfig) -> Scores:
 
 def _cells(config: EvaluateConfig, tasks: TaskEvaluation) -> list[Cell]:
     # The cheapest to be wrong comes first: names and data of tasks, then what is read of models.
-    asked = {name: _asked(tasks, name) for name in tasks.tasks}
+    asked = {name: _asked(config, tasks, name) for name in tasks.tasks}
     with tempfile.TemporaryDirectory() as temporary:
         models = Models(config, Path(temporary))
         require_kind(models.source.config.model_type, "harness", images=False)
@@ -91,8 +91,14 @@ def _cells(config: EvaluateConfig, tasks: TaskEvaluation) -> list[Cell]:
         ]
 
 
-def _asked(tasks: TaskEvaluation, name: str) -> dict[str, Any]:
-    return task_identity(load_task(name, tasks.tasks_folder), tasks.num_fewshot, tasks.limit)
+def _asked(config: EvaluateConfig, tasks: TaskEvaluation, name: str) -> dict[str, Any]:
+    task = load_task(name, tasks.tasks_folder)
+    if "full_fine_tuned" in tasks.settings and config.train is None and "train" not in splits_of(task):
+        raise ConfigError(
+            f"task {name} has no training examples of its own, on which full_fine_tuned would be trained; set "
+            "train.source=... to a text for all tasks, or leave full_fine_tuned out of harness.settings=[...]"
+        )
+    return task_identity(task, tasks.num_fewshot, tasks.limit)
 
 
 def _compute(config: EvaluateConfig, tasks: TaskEvaluation, missing: Sequence[Cell]) -> dict[str, TaskScore]:
@@ -168,8 +174,9 @@ def score_share(payload: dict[str, Any]) -> dict[str, tuple[dict[str, Any] | Non
     store = open_store(tasks.cache)
     with tempfile.TemporaryDirectory() as temporary:
         models = Models(config, Path(temporary))
-        tokenizer = models.source.tokenizer()
-        model = models.load(cells[0]["setting"], cells[0]["task"], cells[0]["identity"]["weights"], store)
+        setting = cells[0]["setting"]
+        tokenizer = models.tokenizer(setting)
+        model = models.load(setting, cells[0]["task"], cells[0]["identity"]["weights"], store)
         if tasks.workers.gpus and torch.cuda.is_available():
             model.to(torch.device("cuda"))  # type: ignore[arg-type]
         outcome: dict[str, tuple[dict[str, Any] | None, str]] = {}

@@ -62,8 +62,12 @@ class Row(Config):
         return plan
 
 
+_MAY_BE_UNSET = frozenset({"distil_steps", "reference_lr"})
+
+
 class Change(Config):
-    """What a row changes of the centre; a field that is left out stays as it is there."""
+    """What a row changes of the centre; a field that is left out stays as it is there, and `null` unsets
+    `distil_steps` and `reference_lr`."""
 
     label: str | None = None
     """What the report calls the row; unset, what tells it from the others."""
@@ -92,10 +96,18 @@ class Change(Config):
     reference_lr: float | None = Field(default=None, gt=0)
     """Highest learning rate of full fine-tuning."""
 
+    @model_validator(mode="after")
+    def _none_where_a_row_takes_it(self) -> Change:
+        for name in sorted(self.model_fields_set & Row.model_fields.keys() - _MAY_BE_UNSET):
+            if getattr(self, name) is None:
+                raise ValueError(f"{name} is null, which is no value of it; leave it out to keep the centre's")
+        return self
+
     def of(self, centre: Row) -> Row:
         """The centre with these changes."""
-        changes = {name: value for name in Row.model_fields if (value := getattr(self, name)) is not None}
-        return centre.model_copy(update=changes)
+        return centre.model_copy(
+            update={name: getattr(self, name) for name in self.model_fields_set & Row.model_fields.keys()}
+        )
 
 
 class Axes(Config):
@@ -131,6 +143,20 @@ class Aim(Config):
     """Share of the gap from zero-shot to full fine-tuning that the plug-in at least closes."""
     worse: float = Field(default=0.05, ge=0)
     """How much higher the tuned emulator's perplexity at least is than the plug-in's (0.05 is 5 %)."""
+
+
+class PartWorkers(Config):
+    """What the Ray task of each part gets."""
+
+    cpus: float = Field(default=1.0, gt=0)
+    """CPUs."""
+    gpus: float = Field(default=0.0, ge=0)
+    """GPUs; a share below 1 where several parts fit on one."""
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """As Ray counts it."""
+        return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
 
 
 class Other(Config):
@@ -177,10 +203,12 @@ class StudyConfig(Config):
     output: str = "runs/study"
     """Folder for rows, emulators and the report; a study that is started again there goes on. On a cluster of several
     machines, one that all of them see, or an `s3://` address."""
+    workers: PartWorkers = PartWorkers()
+    """What each part of a row is computed with."""
     address: str | None = None
     """A Ray cluster; unset, one on this machine for the time."""
     num_cpus: int | None = Field(default=None, ge=1)
-    """Logical CPUs of a local Ray; unset, all. As many rows run at once."""
+    """Logical CPUs of a local Ray; unset, all. So many parts run at once as have room in them."""
     report_only: bool = False
     """Compute nothing; write the report of what is there."""
 

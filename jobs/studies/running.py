@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from jobs.command import quiet_libraries
+from jobs.studies.config import PartWorkers
 from jobs.studies.parts import Part, RowParts
 from jobs.studies.work import Result, Texts
 from ot_ray.errors import NotFoundError
@@ -20,8 +21,8 @@ from ot_ray.progress import Progress
 from ot_ray.store import Store, open_store
 
 
-def run_rows(rows: Iterable[RowParts], texts: Texts, store: Store) -> dict[str, Result]:
-    """Compute what is missing, each part once, on one CPU each; results are kept as they come.
+def run_rows(rows: Iterable[RowParts], texts: Texts, store: Store, workers: PartWorkers) -> dict[str, Result]:
+    """Compute what is missing, each part once, with what `workers` gives it; results are kept as they come.
 
     Must be called inside `ray_cluster`. An interruption cancels what runs; what was done is kept.
 
@@ -30,7 +31,7 @@ def run_rows(rows: Iterable[RowParts], texts: Texts, store: Store) -> dict[str, 
     """
     import ray
 
-    shared = {"texts": ray.put(texts), "store": store.url}
+    shared = {"texts": ray.put(texts), "store": store.url, "threads": max(1, int(workers.cpus))}
     results: dict[str, Result] = {}
     pieces = _missing(rows, shared, store, results)
     with Progress("study", len(pieces), "part") as bar:
@@ -39,7 +40,7 @@ def run_rows(rows: Iterable[RowParts], texts: Texts, store: Store) -> dict[str, 
             results[piece.name] = result
             bar.advance(last=piece.name.partition("/")[0])
 
-        failed = run_pieces(pieces, {"CPU": 1}, take)
+        failed = run_pieces(pieces, workers.resources, take)
     return results | {key: {"failed": reason} for key, reason in failed.items()}
 
 
@@ -52,16 +53,17 @@ def kept_result(store: Store, key: str) -> Result | None:
     return found if isinstance(found, dict) else None
 
 
-def compute_part(part: Part, texts: Texts, store: Store, needed: RowParts | None = None) -> Result:
+def compute_part(part: Part, texts: Texts, store: Store, needed: RowParts | None = None, threads: int = 1) -> Result:
     """Compute a part in this process and keep its result.
 
     Args:
         needed: for a tuned adapter, its row, whose other parts are kept already.
+        threads: of PyTorch's own.
 
     Raises:
         TrainingError: a loss or a perplexity is not finite.
     """
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     start = time.monotonic()
     inputs: list[Any] = []
     if needed is not None:
@@ -99,4 +101,5 @@ def _on_worker(payload: dict[str, Any]) -> Result:
     import ray
 
     quiet_libraries()
-    return compute_part(payload["part"], ray.get(payload["texts"]), open_store(payload["store"]), payload["row"])
+    store = open_store(payload["store"])
+    return compute_part(payload["part"], ray.get(payload["texts"]), store, payload["row"], payload["threads"])

@@ -14,6 +14,7 @@ from jobs.studies.parts import Contents
 from jobs.studies.work import Texts
 from ot_ray.artifacts import ModelSource
 from ot_ray.data import DataConfig, load_sequences, write_quickstart_data
+from ot_ray.training.text_source import files_of
 
 
 def read_texts(config: StudyConfig, source: ModelSource) -> tuple[Texts, Contents]:
@@ -27,7 +28,8 @@ def read_texts(config: StudyConfig, source: ModelSource) -> tuple[Texts, Content
     with tempfile.TemporaryDirectory() as temporary:
         data = config.data or _quickstart_data(Path(temporary), config.style)
         read = [
-            load_sequences(part, tokenizer, config.sequence_length) for part in (data.public, data.train, data.test)
+            load_sequences(part, tokenizer, config.sequence_length, files_of(part))
+            for part in (data.public, data.train, data.test)
         ]
     digests = [f"{part.digest}/{config.limit}" for part in read]
     public, train, test = (part.sequences[: config.limit] for part in read)

@@ -5,7 +5,7 @@ Nothing here knows of Ray; which pieces there are and where they run is running.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from jobs.studies.config import Row
 from ot_ray.artifacts.model_source import load_full
 from ot_ray.config import Config
-from ot_ray.data import PackedSequence, collate
+from ot_ray.data import PackedSequence
 from ot_ray.errors import TrainingError
 from ot_ray.evaluation import perplexity
 from ot_ray.model import (
@@ -39,6 +39,7 @@ from ot_ray.model.families import layers_of
 from ot_ray.model.packed import with_smaller_layers
 from ot_ray.store import open_store
 from ot_ray.training import TrainingConfig, fit
+from ot_ray.training.calibration import calibration_text
 from ot_ray.training.local_distillation import distil_here
 
 Result = dict[str, Any]
@@ -111,7 +112,7 @@ class Emulator(Config):
             )
         if not self.emulator.factored:
             return None
-        state = smaller_layers(full, self.split, kept, self.emulator, _batches(texts.public))
+        state = smaller_layers(full, self.split, kept, self.emulator, calibration_text(texts.public))
         return {name: tensor.contiguous() for name, tensor in state.items()}
 
     def build(self, full: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
@@ -162,11 +163,7 @@ def kept_layers(
     full: PreTrainedModel, split: SplitPlan, emulator: EmulatorConfig, public: Sequence[PackedSequence]
 ) -> list[int]:
     """The layers of the middle that an emulator keeps, by the choice that its settings name."""
-    return choose_layers(full, split, emulator, _batches(public))
-
-
-def _batches(sequences: Sequence[PackedSequence], rows: int = 8) -> Iterator[dict[str, torch.Tensor]]:
-    return (collate(sequences[start : start + rows]) for start in range(0, len(sequences), rows))
+    return choose_layers(full, split, emulator, calibration_text(public))
 
 
 def _measured(model: PreTrainedModel | PeftModel, test: Sequence[PackedSequence]) -> float:

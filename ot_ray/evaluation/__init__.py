@@ -1,6 +1,6 @@
 """How good a model is: perplexity, accuracy on images, and the five settings of offsite tuning side by side."""
 
-from ot_ray.evaluation.accuracy import accuracy, class_mean_head, mean_image_loss
+from ot_ray.evaluation.accuracy import accuracy, class_mean_head, loss_and_accuracy
 from ot_ray.evaluation.five_settings import ACCURACY, PERPLEXITY, SETTINGS, FiveSettings, Measure
 from ot_ray.evaluation.gate import GateConfig, Measured, Verdict, judge
 from ot_ray.evaluation.perplexity import mean_loss, perplexity
@@ -19,7 +19,7 @@ __all__ = [
     "accuracy",
     "class_mean_head",
     "judge",
-    "mean_image_loss",
+    "loss_and_accuracy",
     "mean_loss",
     "perplexity",
 ]

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ot_ray.errors import MissingDependencyError
 
@@ -47,6 +49,19 @@ class FiveSettings:
     ot_emulator: float
     ot_plug_in: float
     measure: Measure = PERPLEXITY
+    method: str | None = None
+    """How the adapter was tuned, where that is known."""
+
+    @classmethod
+    def of(cls, figures: Mapping[str, Any]) -> FiveSettings:
+        """The settings in a result or file of `jobs.evaluate`, whatever else stands there; without `measure`,
+        perplexities."""
+        measures = {measure.name: measure for measure in (PERPLEXITY, ACCURACY)}
+        return cls(
+            **{name: figures[name] for name in SETTINGS},
+            measure=measures[figures.get("measure", PERPLEXITY.name)],
+            method=figures.get("method"),
+        )
 
     @property
     def gap_closed(self) -> float:
@@ -88,14 +103,17 @@ class FiveSettings:
 
     def as_dict(self) -> dict[str, float]:
         """All figures by name, the two derived ones included."""
-        figures = {name: value for name, value in asdict(self).items() if name != "measure"}
+        figures = {name: getattr(self, name) for name in SETTINGS}
         return {**figures, "gap_closed": self.gap_closed, "emulator_worse_by": self.emulator_worse_by}
 
     def _written(self, name: str) -> str:
         return format(getattr(self, name), self.measure.form)
 
-    def write(self, folder: str | Path, title: str) -> dict[str, str]:
+    def write(self, folder: str | Path, title: str, about: Mapping[str, str] | None = None) -> dict[str, str]:
         """Write `five_settings.json` and `five_settings.png` into a folder.
+
+        Args:
+            about: what tells this report from others, such as `model` and `data`; it goes into the JSON file.
 
         Returns:
             The paths, by kind.
@@ -109,7 +127,8 @@ class FiveSettings:
         partial = folder / "five_settings.partial"
         draw(self, title, partial)
         os.replace(partial, picture)
-        described = {"title": title, "measure": self.measure.name, **self.as_dict()}
+        described = {"title": title, **(about or {}), "method": self.method, "measure": self.measure.name}
+        described |= self.as_dict()
         partial.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         os.replace(partial, numbers)
         return {"json": str(numbers), "chart": str(picture)}

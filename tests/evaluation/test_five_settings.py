@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from matplotlib import image
 
-from ot_ray.evaluation import SETTINGS, FiveSettings
+from ot_ray.evaluation import ACCURACY, SETTINGS, FiveSettings
+from ot_ray.evaluation.five_settings import PERPLEXITY
 
 GOOD = FiveSettings(
     full_zero_shot=30.0, emulator_zero_shot=45.0, full_fine_tuned=10.0, ot_emulator=18.0, ot_plug_in=15.0
@@ -59,12 +62,24 @@ def test_files_are_written_and_replaced_whole(tmp_path):
     paths = GOOD.write(folder, "quickstart")
     assert sorted(path.name for path in folder.iterdir()) == ["five_settings.json", "five_settings.png"]
     with open(paths["json"], encoding="utf-8") as file:
-        assert json.load(file) == {"title": "quickstart", "measure": "perplexity", **GOOD.as_dict()}
+        assert json.load(file) == {"title": "quickstart", "method": None, "measure": "perplexity", **GOOD.as_dict()}
     picture = image.imread(paths["chart"])
     assert picture.shape[0] > 300 and picture.shape[1] > 800
     # Five bars of five colours, on white.
     colours = {tuple(round(float(c), 2) for c in pixel[:3]) for pixel in picture[::4, ::4].reshape(-1, 4)}
     for text in ("9aa5b1", "c9b18f", "d98e32", "1f77b4", "4a4a4a"):
         assert tuple(round(int(text[i : i + 2], 16) / 255, 2) for i in (0, 2, 4)) in colours
-    changed(ot_plug_in=14.0).write(folder, "again")
-    assert json.loads((folder / "five_settings.json").read_text())["ot_plug_in"] == 14.0
+    again = replace(changed(ot_plug_in=14.0), method="lora")
+    again.write(folder, "again", {"model": "vit", "data": "pets"})
+    found = json.loads((folder / "five_settings.json").read_text())
+    assert found == {"title": "again", "model": "vit", "data": "pets", "method": "lora", "measure": "perplexity",
+                     **again.as_dict()}  # fmt: skip
+    assert found["ot_plug_in"] == 14.0 and "method" not in again.as_dict()
+
+
+@pytest.mark.parametrize("measure", [PERPLEXITY, ACCURACY])
+def test_settings_come_back_from_what_was_written(tmp_path, measure):
+    report = FiveSettings(0.5, 0.4, 0.9, 0.6, 0.8, measure, method="lora")
+    assert FiveSettings.of({"measure": measure.name, **report.as_dict()}) == replace(report, method=None)
+    files = report.write(tmp_path, "mine")
+    assert FiveSettings.of(json.loads(Path(files["json"]).read_text())) == report

@@ -12,8 +12,9 @@ import pytest
 from matplotlib import image
 
 from ot_ray.evaluation import FiveSettings
-from ot_ray.evaluation.study import Aim, Measured, Spread, Study, published, write_report
+from ot_ray.evaluation.study import Aim, Measured, Spread, Study, drawing, published, write_report
 from ot_ray.evaluation.study.elsewhere import readable
+from ot_ray.evaluation.study.tables import Table
 from ot_ray.store import LocalStore
 
 
@@ -154,9 +155,8 @@ def test_published_figures_stand_there_and_nothing_else_is_claimed(tmp_path: Pat
 
 
 def test_other_verbs_results_stand_beside_the_papers(tmp_path: Path) -> None:
-    sides = {"FT": {"tokens_per_s": 100.0, "peak_bytes": 4 * 2**30}, "OT": {"tokens_per_s": 500.0, "peak_bytes": 2**30},
-             "OT+LoRA": {"failed": "out of memory"}}  # fmt: skip
-    cost = {"benchmark": "efficiency", "results": {"opt-1.3b, batch 1": {"sides": sides}, "tiny": {"sides": sides}}}
+    sides = costs()
+    cost = {"benchmark": "efficiency", "results": {"opt-1.3b, batch 1": sides, "tiny": sides}}
     accuracy = {"acc": 0.5, "acc_norm": 0.6}
     scores = {"version": "1", "documents": 9, "metrics": accuracy, "stderr": dict.fromkeys(accuracy),
               "higher_is_better": dict.fromkeys(accuracy, True)}  # fmt: skip
@@ -182,7 +182,48 @@ def test_other_verbs_results_stand_beside_the_papers(tmp_path: Path) -> None:
         rows["opt-1.3b, batch 1", "OT+LoRA"]["tokens/s"] == "failed" and rows["tiny", "FT"]["published: tokens/s"] == ""
     )
     page = files["study.md"].decode()
-    assert "| opt-1.3b, batch 1 | OT | 500 | 5.00 | 1,024 | 0.25 | 5,207 | 3.96 | 9,336 | 0.31 |" in page
+    assert "| opt-1.3b, batch 1 | OT | 1 | 500 | 5.00 | 1,024 | 0.25 | 5,207 | 3.96 | 9,336 | 0.31 |" in page
+
+
+def costs(length: int = 512, full: int = 1, offsite: int = 1) -> dict[str, Any]:
+    """What the benchmark measured of one shape, at these batch sizes."""
+    sides = {"FT": {"batch_size": full, "tokens_per_s": 100.0, "peak_bytes": 4 * 2**30},
+             "OT": {"batch_size": offsite, "tokens_per_s": 500.0, "peak_bytes": 2**30},
+             "OT+LoRA": {"batch_size": offsite, "failed": "out of memory"}}  # fmt: skip
+    return {"sequence_length": length, "sides": sides}
+
+
+def test_only_equal_steps_are_held_against_each_other(tmp_path: Path) -> None:
+    results = {
+        "opt-1.3b, batch 1": costs(),
+        "opt-1.3b, batch 4": costs(full=4, offsite=4),
+        "opt-1.3b, short": costs(length=128),
+        "opt-1.3b, batch largest": costs(full=1, offsite=16),
+    }
+    files = written(study(efficiency={"benchmark": "efficiency", "results": results}), tmp_path)
+    rows = {found["model"]: found for found in table(files, "table6.csv") if found["side"] == "OT"}
+    assert {name.partition(", ")[2]: row["published: tokens/s"] for name, row in rows.items()} == {
+        "batch 1": "5,207", "batch 4": "", "short": "", "batch largest": "",
+    }  # fmt: skip
+    assert [(row["batch"], row["to FT"], row["of FT"]) for row in rows.values()] == [
+        ("1", "5.00", "0.25"), ("4", "5.00", "0.25"), ("1", "5.00", "0.25"), ("16", "5.00", ""),
+    ]  # fmt: skip
+
+
+def test_evaluations_on_images_are_told_apart(tmp_path: Path) -> None:
+    def pictures(**about: str) -> dict[str, Any]:
+        return {"title": "vit: offsite tuning", "measure": "accuracy", **about, **five(0.9, 0.8, 0.5, 0.95).as_dict()}
+
+    same: dict[str, str] = {"model": "vit", "method": "full"}
+    found = [pictures(**same, data="pets"), pictures(**same, data="cars"), pictures(**{**same, "method": "lora"},
+             data="pets"), pictures()]  # fmt: skip
+    assert all(map(readable, found))
+    files = written(study(evaluations=found), tmp_path)
+    assert list(table(files, "table3.csv")[0]) == [
+        "setting", "vit, pets, full", "vit, cars, full", "vit, pets, lora", "vit: offsite tuning",
+    ]  # fmt: skip
+    # They are no scores on tasks.
+    assert "table1_tasks.csv" not in files
 
 
 def test_figures_show_their_points_in_their_colours(tmp_path: Path) -> None:
@@ -198,6 +239,30 @@ def test_figures_show_their_points_in_their_colours(tmp_path: Path) -> None:
         # Nothing is cut off at the border.
         border = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
         assert (border == 255).all(), name
+
+
+def test_tables_are_drawn_too(tmp_path: Path) -> None:
+    def ink(picture: bytes) -> np.ndarray:
+        found = (image.imread(io.BytesIO(picture)) * 255).round().astype(int)[..., :3]
+        border = np.concatenate([found[0], found[-1], found[:, 0], found[:, -1]])
+        assert (border == 255).all(), "nothing is cut off"
+        return found.max(axis=-1) < 128
+
+    files = written(study(efficiency={"benchmark": "efficiency", "results": {"tiny": costs()}}), tmp_path)
+    drawn = {name.removesuffix(".csv") for name in files if name.endswith(".csv")} - {"figure3", "figure4"}
+    assert {"table1", "table4", "table5", "table6", "rows", "layers"} <= drawn
+    for name in drawn:
+        found = ink(files[f"{name}.png"])
+        # Three rules reach from one side to the other.
+        assert (found.mean(axis=1) > 0.8).sum() >= 3
+        assert found.shape[0] > 18 * len(table(files, f"{name}.csv"))
+        assert f"[PNG]({name}.png)" in files["study.md"].decode()
+    more = written(study(axes={"methods": [*METHODS, row("bitfit", method="bitfit")]}), tmp_path)
+    assert ink(more["table5.png"]).shape[0] > ink(files["table5.png"]).shape[0]
+    # A cell that is longer than a line is broken, and makes its row higher.
+    long = drawing.drawn(Table("t", ["a"], [["one " * 40]]), "Long")
+    assert ink(long).shape[0] > 3 * ink(drawing.drawn(Table("t", ["a"], [["one"]]), "Short")).shape[0] / 2
+    assert ink(long).shape[1] < 400
 
 
 def test_a_report_replaces_an_older_one(tmp_path: Path) -> None:

@@ -19,20 +19,25 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # five processes that load PyTorch, on a machine with other things to do
 def test_sides_do_what_they_say_and_full_fine_tuning_is_that_of_transformers(tmp_path):
     kept = tmp_path / "found.json"
-    settings = ["shapes=[tiny]", "sides=[FT, OT+LoRA, Trainer]", "batch_sizes=[2]", "precision=float32"]
+    settings = ["shapes=[tiny]", "sides=[FT, FT+LoRA, OT, OT+LoRA, Trainer]", "batch_sizes=[2]", "precision=float32"]
     command = [sys.executable, "-m", "jobs.benchmark", "efficiency", *settings, "steps=2", "repeats=1"]
     done = subprocess.run(
-        [*command, f"output={kept}"], cwd=ROOT, capture_output=True, text=True, check=False, timeout=280
+        [*command, f"output={kept}"], cwd=ROOT, capture_output=True, text=True, check=False, timeout=560
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found == json.loads(kept.read_text())
     result = found["results"]["tiny, batch 2"]
     sides, width, inner = result["sides"], 32, 128
-    # Rank 4 in q, k, v, out, fc1 and fc2 of two layers.
-    assert sides["OT+LoRA"]["trainable_parameters"] == 2 * 4 * (4 * 2 * width + 2 * (width + inner))
+    # Of one layer: rank 4 in q, k, v, out, fc1 and fc2; and whole, with biases and two norms.
+    lora = 4 * (4 * 2 * width + 2 * (width + inner))
+    whole = 4 * (width * width + width) + 2 * width * inner + inner + width + 2 * 2 * width
+    # Of the six layers of the full model, or the two around the emulator: none of the emulator learns.
+    trainable = {side: figures["trainable_parameters"] for side, figures in sides.items()}
+    assert (trainable["FT+LoRA"], trainable["OT+LoRA"], trainable["OT"]) == (6 * lora, 2 * lora, 2 * whole)
     assert sides["FT"]["trainable_parameters"] == sides["Trainer"]["trainable_parameters"]
     # The same tokens, the same start, the same optimiser: four steps of two independent loops.
     assert sides["FT"]["losses"] == pytest.approx(sides["Trainer"]["losses"], rel=1e-4)
@@ -43,6 +48,34 @@ def test_sides_do_what_they_say_and_full_fine_tuning_is_that_of_transformers(tmp
         ratio = figures["tokens_per_s"] / sides["FT"]["tokens_per_s"]
         assert result["ratios"][side]["speed"] == pytest.approx(ratio)
     assert "tiny, batch 2, split 1-2-1, 16 tokens a sequence" in done.stderr and "x speed" in done.stderr
+    assert done.stderr.rstrip().splitlines()[-1].startswith("  verdict  OT+LoRA has ")
+
+
+@pytest.mark.parametrize(
+    ("speed", "memory", "said"),
+    [
+        (
+            8.0,
+            0.125,
+            "8.0 x the speed of FT (reaches the aim; paper 6.5, aim 8), 1/8.0 of its memory (reaches the aim;",
+        ),
+        (
+            7.0,
+            1 / 5.8,
+            "(reaches the paper's; paper 6.5, aim 8), 1/5.8 of its memory (reaches the paper's; paper 1/5.6,",
+        ),
+        (2.0, 0.5, "(short of the paper's; paper 6.5, aim 8), 1/2.0 of its memory (short of the paper's; paper 1/5.6,"),
+    ],
+)
+def test_the_verdict_holds_the_ratios_against_the_papers(speed, memory, said):
+    sides = {side: {"failed": "not run here"} for side in ("FT", "OT+LoRA", "Trainer")}
+    ratios = {"FT": None, "OT+LoRA": {"speed": speed, "memory": memory}, "Trainer": {"speed": 0.5, "memory": 2.0}}
+    result = {"split": "2-8-2", "sequence_length": 512, "sides": sides, "ratios": ratios}
+    verdict = table({"opt-1.3b, batch 1": result}).splitlines()[-1]
+    assert said in verdict
+    assert verdict.endswith("FT has 2.00 x the speed and 0.50 x the memory of Trainer")
+    sides_alone = {**result, "ratios": {"FT": None}}
+    assert "verdict" not in table({"opt-1.3b, batch 1": sides_alone})
 
 
 def test_a_side_that_fails_is_shown_and_has_no_ratio():

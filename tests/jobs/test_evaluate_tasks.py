@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 pytest.importorskip("lm_eval", reason="the lm-eval extra is not installed")
 
 from jobs import evaluate, make_emulator
+from jobs.evaluation import scores
 from jobs.evaluation.config import ALL, TaskEvaluation
 from jobs.evaluation.models import Models, training_data
 from jobs.evaluation.places import reachable
@@ -127,8 +129,8 @@ class TestOnRay:
                 "ot_emulator": owner.plugged(adapter, emulated),
                 "ot_plug_in": owner.plugged(adapter, full),
             }
-            scores = {setting: expected(owner, model, task) for setting, model in models.items()}
-            assert {setting: found[setting]["tasks"][task] for setting in models} == scores
+            alone = {setting: expected(owner, model, task) for setting, model in models.items()}
+            assert {setting: found[setting]["tasks"][task] for setting in models} == alone
         perplexities = [found[setting]["tasks"]["local_wikitext"]["metrics"]["word_perplexity"] for setting in ALL]
         assert len(set(perplexities)) == 5
 
@@ -173,9 +175,9 @@ class TestOnRay:
         )
         result = evaluate.run(changed)
         assert result["scores_computed"] == 2 + 3
-        scores = result["tasks"]["ot_plug_in"]["tasks"]
+        found_plugged = result["tasks"]["ot_plug_in"]["tasks"]
         model = owner.plugged("other", load_full(MODEL))
-        assert scores == {task: expected(owner, model, task) for task in (*TASKS, "local_webqs")}
+        assert found_plugged == {task: expected(owner, model, task) for task in (*TASKS, "local_webqs")}
         assert (
             result["tasks"]["full_zero_shot"]["tasks"]["local_arc"]
             == (found["tasks"]["full_zero_shot"]["tasks"]["local_arc"])
@@ -265,6 +267,7 @@ def test_workers_find_what_the_command_finds(tmp_path: Path, monkeypatch: pytest
         ({"tasks": ("openbookqa",)}, DataError, "allenai/openbookqa cannot be loaded"),
         ({"tasks_folder": "nowhere"}, ConfigError, "tasks_folder is .*nowhere"),
         ({"adapters": {"local_arc": "nowhere"}}, OTRayError, "nowhere"),
+        ({"tasks": ("small_race",)}, ConfigError, r"small_race has no training .* train\.source=.* harness\.settings="),
     ],
 )
 def test_what_is_wrong_is_said_before_a_model_is_loaded(
@@ -274,6 +277,55 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(
     with pytest.raises(error, match=said):
         evaluate.run(config)
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_task_without_training_examples_is_scored_where_nothing_is_trained_on_it(
+    owner: Owner, tmp_path: Path
+) -> None:
+    config = owner.config(tmp_path, tasks=("small_race",), settings=("full_zero_shot",))
+    assert config.harness is not None
+    assert [cell.name for cell in scores._cells(config, config.harness)] == ["full_zero_shot on small_race"]
+    (tmp_path / "text.jsonl").write_text('{"text": "one"}\n')
+    train = DataConfig(source=str(tmp_path / "text.jsonl"))
+    config = owner.config(tmp_path, tasks=("small_race",)).model_copy(update={"train": train})
+    assert config.harness is not None
+    assert len(scores._cells(config, config.harness)) == len(ALL)
+
+
+def test_the_text_is_checked_before_any_task_is_scored(owner: Owner, tmp_path: Path) -> None:
+    text = {"test": DataConfig(source=str(tmp_path / "gone.jsonl")), "train": DataConfig(source="task:local_arc")}
+    with pytest.raises(DataError, match=r"gone\.jsonl"):
+        evaluate.run(owner.config(tmp_path, address=NOWHERE).model_copy(update=text))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_bundle_of_another_model_is_refused(owner: Owner, tmp_path: Path) -> None:
+    other = {"model": MODEL.model_copy(update={"name": "another"})}
+    text = DataConfig(source=str(tmp_path / "text.jsonl"))
+    for part in ({}, {"harness": None, "test": text, "train": text}):
+        config = owner.config(tmp_path, address=NOWHERE).model_copy(update={**other, **part})
+        with pytest.raises(ConfigError, match=r"bundle is of model 'base', but model\.name is 'another'"):
+            evaluate.run(config)
+
+
+def test_an_emulator_reads_text_with_the_tokenizer_of_its_bundle(owner: Owner, tmp_path: Path) -> None:
+    """A bundle's identity covers its tokenizer, and not that of the source it once came from."""
+    source = open_model_source(MODEL)
+    emulated, tokenizer = owner.bundle.load_model(), source.tokenizer()
+    first = TemplateProcessing(single="</s> $A", special_tokens=[("</s>", tokenizer.eos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = first  # type: ignore[attr-defined]
+    write_bundle(tmp_path / "own", emulated, tokenizer, PLAN, name="base", version="2", card="# Base\n", recommended={})
+    config = owner.config(tmp_path, tasks=("local_wikitext",), settings=("emulator_zero_shot",))
+    config = config.model_copy(update={"bundle": BundleSource(folder=str(tmp_path / "own"))})
+    assert config.harness is not None
+    (cell,) = scores._cells(config, config.harness)
+    wanted = {"setting": cell.setting, "task": cell.task, "identity": cell.identity}
+    payload = {"config": config.model_dump(mode="json"), "cells": [wanted], "names": [cell.name]}
+    kept, reason = scores.score_share(payload)[cell.name]
+    assert kept is not None and not reason
+    task = load_task("local_wikitext", owner.place / "tasks")
+    alone = score(emulated, tokenizer, task).model_dump(mode="json")
+    assert kept == alone and {**kept, "task": ""} != {**expected(owner, emulated, "local_wikitext"), "task": ""}
 
 
 SOUND = {"model": {"name": "base", "source": "base"}, "training": {"steps": 1}, "output": "report"}

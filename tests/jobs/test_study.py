@@ -47,12 +47,13 @@ from ot_ray.model.choice import smaller_layers
 from ot_ray.model.packed import with_smaller_layers
 from ot_ray.store import LocalStore
 from ot_ray.training import TorchEngine, fit, train
+from tests.fixtures.models import tiny_image_model
 from tests.jobs.conftest import Command
 from tests.jobs.scene import DEPTH, write_data
 
 SMALL = {"steps": 2, "batch_size": 2, "lr": 1e-3}
-FIGURES = {"figure3.png", "figure4.png", "frontier.png"}
-TABLES = {f"{name}.csv" for name in ("table1", "table4", "table5", "figure3", "figure4", "layers", "rows")}
+FIGURES = {"figure3.png", "figure4.png", "frontier.png", "figure3.csv", "figure4.csv"}
+TABLES = {f"{name}.{kind}" for name in ("table1", "table4", "table5", "layers", "rows") for kind in ("csv", "png")}
 
 
 def study(scene: Path, **settings: Any) -> StudyConfig:
@@ -247,6 +248,19 @@ def test_an_interrupted_study_leaves_what_was_done_and_no_process(scene: Path) -
 
 
 @pytest.mark.slow
+def test_workers_find_a_model_that_is_named_from_here(
+    scene: Path, local_ray: ClusterAddress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Ray's workers run in the folder in which Ray was started.
+    monkeypatch.chdir(scene)
+    text = {"source": "train.jsonl"}
+    data = {"public": text, "train": text, "test": {"source": "test.jsonl"}}
+    found = run(study(scene, model={"name": "tiny", "source": "full"}, data=data, output="study"))
+    assert (found["measured"], found["missing"]) == (1, 0)
+    assert len(list((scene / "study/rows").glob("*.json"))) == 1
+
+
+@pytest.mark.slow
 def test_a_broken_reference_breaks_its_rows_alone(scene: Path, local_ray: ClusterAddress) -> None:
     with pytest.raises(StudyError, match=r"(?s)1 rows failed.*with a bad reference, seed 0: the loss became nan"):
         run(study(scene, extra=[{"label": "with a bad reference", "reference_lr": 1e30}]))
@@ -269,10 +283,18 @@ def test_what_does_not_fit_is_said_before_anything_runs(scene: Path, settings: d
     assert not (scene / "study").exists()
 
 
+def test_a_model_of_images_is_refused(scene: Path) -> None:
+    tiny_image_model("clip", DEPTH).save_pretrained(scene / "images")
+    with pytest.raises(ConfigError, match=r"type clip, which takes images, and jobs\.study is for language models"):
+        run(study(scene, model={"name": "images", "source": str(scene / "images")}))
+    assert not (scene / "study").exists()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"axes": {"position": []}}, "unknown key axes.position; did you mean positions"),
+        ({"extra": [{"bottom": None}]}, "bottom is null"),
         ({"extra": [{"methd": "full"}]}, "unknown key extra.0.methd; did you mean method"),
         ({"seeds": [1, 1]}, "seeds is .1, 1.; give different"),
         ({"seeds": []}, "seeds"),
@@ -304,7 +326,6 @@ def test_parts_are_named_by_what_decides_them() -> None:
         return next(row for _, row in Parts(changed, model, 12, contents, "store").rows())
 
     plain = keys(Change())
-    assert keys(Change(lora=None)).tuned.key == plain.tuned.key
     lora = keys(Change(method="lora"))
     assert lora.emulator.key == plain.emulator.key and lora.tuned.key != plain.tuned.key
     # The other methods' settings decide nothing.
@@ -323,6 +344,16 @@ def test_parts_are_named_by_what_decides_them() -> None:
     # How it is computed is not among what is computed.
     quick = keys(Change(), tune=config.tune.model_copy(update={"micro_batch_size": 1}))
     assert quick.tuned.key == plain.tuned.key
+
+
+def test_a_change_may_unset_what_the_centre_sets() -> None:
+    centre = Row(distil_steps=9, reference_lr=1e-5, lr=1e-3)
+    assert Change().of(centre) == centre
+    assert parse(Change, {"distil_steps": None}, "").of(centre) == Row(reference_lr=1e-5, lr=1e-3)
+    found = parse(Change, {"reference_lr": None, "distil_steps": None, "keep": "all"}, "").of(centre)
+    assert found == Row(lr=1e-3, keep="all")
+    with pytest.raises(ConfigError, match="lr is null, which is no value of it"):
+        parse(Change, {"lr": None}, "")
 
 
 def test_keep_all_follows_the_model() -> None:

@@ -1,6 +1,6 @@
 """Tables of what other verbs measured: `jobs.benchmark efficiency` and `jobs.evaluate`, from the files they leave.
 
-Beside each figure stands the paper's, where the model is the same."""
+Beside each figure stands the paper's, where model, batch and length are the same."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ def efficiency(found: Mapping[str, Any] | None) -> Table | None:
     """Table 6 from a benchmark's result; None where there is none."""
     if found is None:
         return None
-    head = ["model", "side", "tokens/s", "to FT", "peak memory (MiB)", "of FT"]
+    head = ["model", "side", "batch", "tokens/s", "to FT", "peak memory (MiB)", "of FT"]
     head += ["published: tokens/s", "published: to FT", "published: memory (MiB)", "published: of FT"]
     rows = []
     for shape, result in found["results"].items():
-        paper = published.TABLE_6.get(_known(shape, published.TABLE_6) or "", {})
+        known = published.TABLE_6.get(_known(shape, published.TABLE_6) or "", {})
         full = result["sides"].get("FT")
         for side, cost in result["sides"].items():
-            rows.append([shape, side, *_costs(cost, full), *_published(paper.get(side), paper.get("FT"))])
+            measured = (cost["batch_size"], result["sequence_length"])
+            paper = known if measured == published.TABLE_6_STEP else {}
+            beside = _published(paper.get(side), paper.get("FT"))
+            rows.append([shape, side, str(cost["batch_size"]), *_costs(cost, full), *beside])
     return Table("table6", head, rows)
 
 
@@ -51,7 +54,13 @@ def images(evaluations: Sequence[Evaluation]) -> Table | None:
     if not found:
         return None
     rows = [[label, *(f"{one[name]:.1%}" for one in found)] for name, label in SETTINGS.items()]
-    return Table("table3", ["setting", *(str(one["title"]) for one in found)], rows)
+    return Table("table3", ["setting", *map(_column, found)], rows)
+
+
+def _column(one: Evaluation) -> str:
+    """What tells an evaluation on images from the others; of a file that does not say, its title."""
+    parts = [str(one[name]) for name in ("model", "data", "method") if one.get(name)]
+    return ", ".join(parts) if "data" in one else str(one["title"])
 
 
 def readable(evaluation: Evaluation) -> bool:
@@ -65,7 +74,7 @@ def readable(evaluation: Evaluation) -> bool:
 
 
 def _scored(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
-    return [one for one in evaluations if "model" in one]
+    return [one for one in evaluations if "measure" not in one]
 
 
 def _scores(
@@ -105,7 +114,10 @@ def _costs(cost: Mapping[str, Any], full: Mapping[str, Any] | None) -> list[str]
     speed, memory = cost["tokens_per_s"], cost["peak_bytes"]
     cells = [f"{speed:,.0f}", "", f"{memory / _MIB:,.0f}", ""]
     if full is not None and "failed" not in full:
-        cells[1], cells[3] = f"{speed / full['tokens_per_s']:.2f}", f"{memory / full['peak_bytes']:.2f}"
+        cells[1] = f"{speed / full['tokens_per_s']:.2f}"
+        # Memory grows with the batch, and says nothing beside another one.
+        if cost["batch_size"] == full["batch_size"]:
+            cells[3] = f"{memory / full['peak_bytes']:.2f}"
     return cells
 
 

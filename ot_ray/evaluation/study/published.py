@@ -90,6 +90,8 @@ TABLE_6: dict[str, dict[str, Cost]] = {
     },
 }
 """The paper's Table 6."""
+TABLE_6_STEP = (1, 512)
+"""Sequences of a step and tokens of a sequence in it."""
 
 FIGURE_3 = (
     "The paper's Figure 3 varies OPT-1.3B on WikiText-2 without distilling: 2, 4, 6 and 8 adapter layers at the bottom "

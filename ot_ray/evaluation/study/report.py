@@ -4,17 +4,19 @@ PNG beside it. What stands in tables and figures is theirs; this is the order an
 from __future__ import annotations
 
 from ot_ray.evaluation.study import figures, published, tables
+from ot_ray.evaluation.study.drawing import drawn
 from ot_ray.evaluation.study.elsewhere import efficiency, images, large_models, small_models
 from ot_ray.evaluation.study.results import Measured, Study
 from ot_ray.evaluation.study.tables import Table
 from ot_ray.store import Store
 
 NOTHING = "Nothing was measured here."
+_FIGURES = frozenset({"figure3.png", "figure4.png", "frontier.png"})
 _SPREAD = "Where there are several seeds, a cell is their mean, with the smallest and the largest in brackets."
 
 
 def write_report(study: Study, store: Store) -> list[str]:
-    """Write `study.md`, a CSV file a table and a PNG file a figure.
+    """Write `study.md`, a CSV and a PNG file a table and a PNG file a figure.
 
     Returns:
         The keys that were written, `study.md` last.
@@ -36,6 +38,7 @@ class _Page:
     def __init__(self, study: Study) -> None:
         self._study = study
         self._lines: list[str] = [f"# {study.title}", "", *study.about, "", _SPREAD]
+        self._title = study.title
         self.files: dict[str, bytes] = {}
         self._frontier()
         self._text_tables()
@@ -123,6 +126,7 @@ class _Page:
         self._lines += ["", *(f"- {source}" for source in (published.PAPER, published.CODE, published.LATER))]
 
     def _section(self, title: str) -> None:
+        self._title = title
         self._lines += ["", f"## {title}"]
 
     def _say(self, text: str) -> None:
@@ -141,8 +145,15 @@ class _Page:
 
     def _table(self, table: Table, file: bool = True) -> None:
         self._lines += ["", table.markdown()]
-        if file:
-            self.files[f"{table.name}.csv"] = table.csv()
+        if not file:
+            return
+        self.files[f"{table.name}.csv"] = table.csv()
+        links = [f"[CSV]({table.name}.csv)"]
+        # What a figure shows is drawn already.
+        if f"{table.name}.png" not in _FIGURES:
+            self.files[f"{table.name}.png"] = drawn(table, self._title)
+            links.append(f"[PNG]({table.name}.png)")
+        self._lines += ["", " ".join(links)]
 
     def _figure(self, name: str, picture: bytes, meaning: str) -> None:
         self.files[f"{name}.png"] = picture
