@@ -44,6 +44,24 @@ def require_kind(model_type: str, text: str, *, images: bool) -> None:
         raise ConfigError(f"images is set, but a model of type {model_type} takes text; set {text} instead")
 
 
+def require_text(model_type: str, verb: str) -> None:
+    """Refuse an image model where a verb has no images to give it. Raises ConfigError."""
+    if FAMILIES[model_type].task == "image":
+        raise ConfigError(
+            f"the model is of type {model_type}, which takes images, and {verb} is for language models; name one in "
+            "model.source"
+        )
+
+
+def require_same_model(bundle: str, model: str) -> None:
+    """Refuse a bundle of another model than the one that is named. Raises ConfigError."""
+    if bundle != model:
+        raise ConfigError(
+            f"the bundle is of model {bundle!r}, but model.name is {model!r}; name the owner's model under the name "
+            "that its bundle has, or another bundle"
+        )
+
+
 def require_empty(field: str, address: str) -> None:
     """Refuse an output that holds something already, or that can be no folder.
 

@@ -14,6 +14,7 @@ from jobs.limits import require_kind, require_length
 from ot_ray.artifacts import (
     BundleSource,
     InspectionLimits,
+    ModelSource,
     Registry,
     inspect_adapter,
     load_full,
@@ -21,12 +22,13 @@ from ot_ray.artifacts import (
     plain_state,
 )
 from ot_ray.config import Config
-from ot_ray.data import DataConfig, load_sequences
+from ot_ray.data import DataConfig, PackedSequence, load_sequences
 from ot_ray.data.images import ImageConfig
 from ot_ray.errors import AdapterRejectedError
 from ot_ray.evaluation import perplexity
 from ot_ray.model import ModelConfig, adapter_state, plug_in
 from ot_ray.store import download_folder, open_store
+from ot_ray.training.text_source import files_of
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
@@ -95,12 +97,13 @@ def run(config: PlugInConfig) -> dict[str, Any]:
     state = plain_state(inspected, adapter_state(model, plan))
     report: dict[str, float] = {}
     if config.data is not None:
-        sequences = load_sequences(config.data, source.tokenizer(), config.sequence_length).sequences
+        sequences = _sequences(config.data, source, config.sequence_length)
         report["full_perplexity"] = perplexity(model, sequences)
         report["plug_in_perplexity"] = perplexity(plug_in(model, plan, state), sequences)
         _check_quality(report, config.max_perplexity_ratio)
     if config.images is not None and emulated is not None:
-        report = image_report(config.images, source.processor(), emulated, model, plan, inspected)
+        classes = inspected.manifest.classes or ()
+        report = image_report(config.images, source.processor(), emulated, model, plan, state, classes)
         _check_accuracy(report, config.min_accuracy)
     registry = Registry(open_store(config.store))
     record = registry.add(
@@ -115,6 +118,10 @@ def run(config: PlugInConfig) -> dict[str, Any]:
     )
     registry.promote(record.model_id)
     return {"model_id": record.model_id, "bundle_id": record.bundle_id, "report": report}
+
+
+def _sequences(data: DataConfig, source: ModelSource, length: int) -> list[PackedSequence]:
+    return load_sequences(data, source.tokenizer(), length, files_of(data)).sequences
 
 
 def _check_quality(report: dict[str, float], limit: float | None) -> None:

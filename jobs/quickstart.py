@@ -233,9 +233,7 @@ class _Story:
     def summary(self, report: dict[str, Any], model_id: str, memory: PeakMemory) -> dict[str, Any]:
         result = {
             "five_settings": report,
-            "broken_promises": FiveSettings(
-                **{n: report[n] for n in FiveSettings.__dataclass_fields__}
-            ).broken_promises(),
+            "broken_promises": FiveSettings.of(report).broken_promises(),
             "plug_in": model_id,
             "seconds": self.times,
             "seconds_in_all": round(sum(self.times.values()), 1),

@@ -42,14 +42,16 @@ def assemble(folder: Path, config: MakeEmulatorConfig, inputs: Inputs, store: St
         version=inputs.version,
         methods=config.methods,
         recommended=config.recommended,
-        card=_card(config, inputs.version, record.perplexity),
+        card=_card(
+            config, inputs.version, record.perplexity, own_class=type(emulated).__module__.startswith("ot_ray.")
+        ),
         expires=datetime.now(timezone.utc) + timedelta(days=days) if days is not None else None,
         private_key=Path(config.private_key) if config.private_key else None,
         processor=inputs.reading.processor,
     )
 
 
-def _card(config: MakeEmulatorConfig, version: str, perplexity: Mapping[str, float | None]) -> str:
+def _card(config: MakeEmulatorConfig, version: str, perplexity: Mapping[str, float | None], *, own_class: bool) -> str:
     head = ", and the classification head," if config.images else ""
     lines = [
         f"# {config.model.name}, version {version}: a bundle for offsite tuning",
@@ -65,6 +67,8 @@ def _card(config: MakeEmulatorConfig, version: str, perplexity: Mapping[str, flo
             f"Those layers are stored {_how_packed(config.emulator)}: `import ot_ray.model` before Transformers' "
             "`from_pretrained` opens this folder. They stay packed in memory, and gradients pass through them.",
         ]
+    elif own_class:
+        lines += ["", "Transformers lacks this model's class: `import ot_ray.model` before its `from_pretrained`."]
     full, emulated = perplexity.get("full"), perplexity.get("emulated")
     if full is not None and emulated is not None:
         lines += [

@@ -18,23 +18,21 @@ from ot_ray.artifacts import Lease, ModelSource, load_full, open_model_source
 from ot_ray.artifacts.manifest import to_text
 from ot_ray.artifacts.strict_json import parse_json
 from ot_ray.config import Config
-from ot_ray.data import collate, first_sequences
-from ot_ray.data.images import ImageBatches, load_images
+from ot_ray.data import first_sequences
+from ot_ray.data.images import load_images
 from ot_ray.errors import ConfigError, NotFoundError
 from ot_ray.model import uniform_layers
 from ot_ray.model.choice import choose_layers, smaller_layers
 from ot_ray.model.loading import DTYPES
 from ot_ray.store import PatientStore, Store, open_store
 from ot_ray.training import DistillConfig
+from ot_ray.training.calibration import calibration_images, calibration_text
 from ot_ray.training.emulator_weights import START, write_weights
 from ot_ray.training.identity import identity_digest
-from ot_ray.training.text_source import bucket_files, files_of
+from ot_ray.training.text_source import files_of, image_files
 
 Choose = Callable[[dict[str, Any], str], dict[str, Any]]
 """Chooses as `choose_on_worker` does, given what workers are handed and the run's name."""
-
-_ROWS = 4
-"""Rows of a calibration batch; no setting, because the `gradient` choice compares batch by batch."""
 
 
 class ChosenLayers(Config):
@@ -58,7 +56,7 @@ def layers_of_run(
         LeaseLostError: another run took over meanwhile; nothing was kept.
     """
     middle = len(config.split.middle(inputs.depth))
-    if not config.emulator.factored and (config.emulator.layers == "uniform" or config.split.keep == middle):
+    if not looks_at_the_model(config, middle):
         return tuple(uniform_layers(middle, config.split.keep))
     key, identity = f"runs/{inputs.run}/layers.json", identity_digest(inputs.identity["run"])
     try:
@@ -73,6 +71,11 @@ def layers_of_run(
     lease.require()
     store.create(key, to_text(chosen))
     return chosen.kept
+
+
+def looks_at_the_model(config: MakeEmulatorConfig, middle: int) -> bool:
+    """Whether one worker holds the full model to find what the emulator starts from; `middle` counts its layers."""
+    return config.emulator.factored or (config.emulator.layers != "uniform" and config.split.keep < middle)
 
 
 def choose_on_worker(payload: dict[str, Any]) -> dict[str, Any]:
@@ -110,16 +113,11 @@ def choose_on_worker(payload: dict[str, Any]) -> dict[str, Any]:
 def _calibration(config: DistillConfig, source: ModelSource) -> Iterator[dict[str, Tensor]]:
     patience, count = config.training.store_patience_s, config.emulator.calibration
     if config.images is not None:
-        images = load_images(config.images, bucket_files(config.images.source, patience))
-        # Folders list one class after the other; the order of an epoch mixes them.
-        drawn = ImageBatches(images, source.processor(), min(_ROWS, len(images)), seed=0)
-        for _ in range(0, min(count, len(images)), _ROWS):
-            yield drawn.next_batch()
-        return
+        images = load_images(config.images, image_files(config.images.source, patience), checked=True)
+        return calibration_images(images, source.processor(), count)
     files = files_of(config.text, patience)
     sequences = first_sequences(config.text, source.tokenizer(), config.sequence_length, count, files)
-    for start in range(0, len(sequences), _ROWS):
-        yield collate(sequences[start : start + _ROWS])
+    return calibration_text(sequences)
 
 
 def _of_these(chosen: ChosenLayers, identity: str, run: str) -> tuple[int, ...]:

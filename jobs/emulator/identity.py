@@ -6,11 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from jobs.emulator.config import MakeEmulatorConfig
 from jobs.emulator.reading import Reading, look_at
 from ot_ray.artifacts import key_id, open_model_source
 from ot_ray.errors import ConfigError
-from ot_ray.model import ModelConfig, layer_config
+from ot_ray.model import ModelConfig, empty_model, family_of, layer_config
+from ot_ray.model.families import check_maps_are_called, layers_of, linear_names
+from ot_ray.model.loading import DTYPES
+from ot_ray.model.packed import with_smaller_maps
+from ot_ray.model.packed.rounding import pruned_count
 from ot_ray.training import DistillConfig
 from ot_ray.training.identity import identity_digest, run_identity
 
@@ -44,7 +50,9 @@ def look_up(config: MakeEmulatorConfig) -> Inputs:
     offer = _offer(config)
     source = open_model_source(config.model, patience_s=config.training.store_patience_s)
     depth = layer_config(source.config).num_hidden_layers
-    _require_smaller(config, depth)
+    if config.emulator.compressed:
+        check_maps_are_called(source.config)
+    _require_smaller(config, source.config, depth)
     if config.training.batch_size < config.workers.most:
         raise ConfigError(
             f"training.batch_size is {config.training.batch_size}, but there are up to {config.workers.most} workers, "
@@ -65,17 +73,28 @@ def look_up(config: MakeEmulatorConfig) -> Inputs:
     )
 
 
-def _require_smaller(config: MakeEmulatorConfig, depth: int) -> None:
+def _require_smaller(config: MakeEmulatorConfig, model: PreTrainedConfig, depth: int) -> None:
     """Refuse an emulator that is larger than the middle, or starts as the middle itself."""
-    middle, emulator = config.split.middle(depth), config.emulator
-    # A square map is factored below half its rank only; a share of 1 takes nothing away.
-    factored = (emulator.attention_rank or 1.0) < 0.5 or (emulator.mlp_channels or 1.0) < 1.0
-    if config.split.keep == len(middle) and not emulator.packed and not factored:
+    middle = config.split.middle(depth)
+    if config.split.keep == len(middle) and not _compresses(config, model):
         raise ConfigError(
             f"split.keep is {config.split.keep}, every layer of the middle, and emulator compresses none of them: the "
-            f"bundle would hold the full model; keep at most {len(middle) - 1} layers, or set emulator.sparsity or "
-            "emulator.bits"
+            f"bundle would hold the full model; keep at most {len(middle) - 1} layers, or set emulator.bits, a larger "
+            "emulator.sparsity or a smaller emulator.attention_rank or mlp_channels"
         )
+
+
+def _compresses(config: MakeEmulatorConfig, model: PreTrainedConfig) -> bool:
+    """Whether a layer of the middle loses anything; small shares may round to nothing."""
+    if config.emulator.bits is not None:
+        return True
+    full = empty_model(model, DTYPES[config.model.dtype])
+    layer = layers_of(full)[config.split.bottom]
+    before = sum(parameter.numel() for parameter in layer.parameters())
+    with_smaller_maps(layer, family_of(full), config.emulator)
+    left = sum(parameter.numel() for parameter in layer.parameters())
+    sizes = (layer.get_submodule(name).get_parameter("weight").numel() for name in linear_names(layer))
+    return left < before or any(pruned_count(size, config.emulator.sparsity) for size in sizes)
 
 
 def for_workers(config: MakeEmulatorConfig, inputs: Inputs, kept: tuple[int, ...] | None = None) -> dict[str, Any]:
@@ -86,8 +105,10 @@ def for_workers(config: MakeEmulatorConfig, inputs: Inputs, kept: tuple[int, ...
         "run": inputs.run,
         "kept": kept,
         "model": inputs.model.model_dump(mode="json"),
-        "data": reading.data.model_dump(mode="json") if reading.data is not None else None,
-        "images": reading.images.model_dump(mode="json") if reading.images is not None else None,
+        **{
+            name: value.model_dump(mode="json") if (value := getattr(reading, name)) is not None else None
+            for name in ("data", "images", "validation", "validation_images")
+        },
         "data_digest": reading.digest,
         "model_version": inputs.identity["run"]["model"]["version"],
     }

@@ -51,7 +51,7 @@ class TuneConfig(Config):
         if self.images is None and self.validation_images is not None:
             raise ValueError("validation_images is set, but data is text; set validation")
         if self.images is not None and self.validation is not None:
-            raise ValueError("validation is set, but the data are images; set validation_images")
+            raise ValueError("validation is set, but the data are images; set validation_images, and validation=null")
         return self
 
     @model_validator(mode="after")

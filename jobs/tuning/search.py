@@ -26,7 +26,7 @@ def tune_with_search(work: Work | ImageWork, config: TuneConfig, folder: Path) -
         As `tune_adapter`, of the winner, with its `learning_rate` and `search`: the winner and all curves.
 
     Raises:
-        TrainingError: every trial failed.
+        TrainingError: no trial finished.
         MissingDependencyError: Ray is not installed, or matplotlib, where a report is asked for.
     """
     search = config.search

@@ -22,6 +22,7 @@ from ot_ray.model import prepare_tuning, trainable_parameters
 from ot_ray.model.loading import shape_in
 from ot_ray.training import Checkpoints, TrainingConfig, TrainingResult, fit
 from ot_ray.training.loop import Report
+from ot_ray.training.text_source import files_of
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,10 @@ def open_work(config: TuneConfig, cache: Path) -> Work | ImageWork:
     assert config.data is not None
     require_length(config.sequence_length, shape_in(bundle.folder, str(bundle.folder)))
     tokenizer = bundle.load_tokenizer()
-    data = load_sequences(config.data, tokenizer, config.sequence_length)
-    validation = config.validation
-    held_out = load_sequences(validation, tokenizer, config.sequence_length).sequences if validation else []
+    data = load_sequences(config.data, tokenizer, config.sequence_length, files_of(config.data))
+    held_out: list[PackedSequence] = []
+    if (validation := config.validation) is not None:
+        held_out = load_sequences(validation, tokenizer, config.sequence_length, files_of(validation)).sequences
     return Work(bundle.load_model(), bundle.manifest, data, held_out)
 
 

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from jobs.benchmark import main
+from jobs.benchmarks import distill, efficiency
 from jobs.benchmarks.distill import table
 from jobs.benchmarks.shapes import SHAPES
+from ot_ray.errors import ConfigError
 from ot_ray.model import check_supported
 
 ROOT = Path(__file__).parents[2]
@@ -47,11 +49,27 @@ def test_both_sides_have_their_figures_and_equal_losses(tmp_path):
     assert "tiny 1-2-1, batch 2 x 16 tokens" in err and "x tokens/s" in err
 
 
-def test_a_side_without_a_result_in_time_is_shown_as_such():
-    code, out, err = run("shapes=[tiny]", "sides=[plain-float32]", "repeats=2", "timeout_s=0.01")
+def test_a_side_without_a_result_in_time_is_shown_as_such(tmp_path):
+    kept = tmp_path / "results/deep/found.json"
+    code, out, err = run("shapes=[tiny]", "sides=[plain-float32]", "repeats=2", "timeout_s=0.01", f"output={kept}")
     assert code == 0, err
     assert json.loads(out)["results"]["tiny"]["sides"] == {"plain-float32": {"failed": "no result after 0.01 s"}}
     assert "failed: no result after 0.01 s" in err
+    # The folder was not there.
+    assert json.loads(kept.read_text()) == json.loads(out)
+
+
+@pytest.mark.parametrize("benchmark", [distill, efficiency])
+def test_an_output_that_cannot_be_written_is_refused_before_anything_runs(benchmark, tmp_path, monkeypatch):
+    def ran(*_):
+        raise AssertionError("a side ran")
+
+    monkeypatch.setattr(benchmark, "run_side", ran)
+    (tmp_path / "file").write_text("")
+    cls = {distill: distill.DistillBenchmark, efficiency: efficiency.EfficiencyBenchmark}[benchmark]
+    for output, said in ((tmp_path / "file/found.json", "is a file; name a folder"), (tmp_path, "which is a folder")):
+        with pytest.raises(ConfigError, match=said):
+            benchmark.run(cls(shapes=["tiny"], output=str(output)))
 
 
 def test_a_side_that_fails_is_shown_as_such():

@@ -15,17 +15,18 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from jobs import make_emulator
 from jobs.emulator import choosing, night
+from jobs.emulator.identity import look_up
 from jobs.emulator.night import run_night
 from ot_ray.artifacts import BundleSource, load_full, open_model_source
 from ot_ray.data import collate, load_sequences
 from ot_ray.data.images import ImageBatches, ImageConfig, load_images
-from ot_ray.errors import ConfigError, DataError, SplitError
+from ot_ray.errors import ConfigError, DataError, SplitError, UnsupportedModelError
 from ot_ray.model import EmulatorConfig, SplitPlan, emulate, load_emulator
 from ot_ray.model.choice import choose_layers, smaller_layers
 from ot_ray.model.packed import with_smaller_layers
 from ot_ray.store import LocalStore
 from ot_ray.training import kept_layers
-from tests.fixtures.models import SIDE, tiny_image_model
+from tests.fixtures.models import SIDE, tiny_image_model, tiny_model
 from tests.jobs.nights import Distilling, kept_files, night_config
 from tests.jobs.scene import PLAN
 
@@ -122,10 +123,32 @@ def test_text_without_anything_to_learn_is_told_before_distilling(scene: Path) -
         run_night(night_config(scene, emulator=CKA, validation=None), never)
 
 
-@pytest.mark.parametrize("shares", [{"attention_rank": 0.5}, {"mlp_channels": 1.0}])
+WHOLE = {"bottom": 1, "keep": 4, "top": 1}
+
+
+@pytest.mark.parametrize(
+    "shares",
+    [{"attention_rank": 0.5}, {"mlp_channels": 1.0}, {"attention_rank": 0.4995, "sparsity": 1e-6}],
+)
 def test_shares_that_take_nothing_away_do_not_publish_the_whole_middle(scene: Path, shares: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="the bundle would hold the full model"):
-        run_night(night_config(scene, split={"bottom": 1, "keep": 4, "top": 1}, emulator=shares), never, never)
+        run_night(night_config(scene, split=WHOLE, emulator=shares), never, never)
+
+
+@pytest.mark.parametrize("shares", [{"attention_rank": 0.6}, {"mlp_channels": 0.99}, {"sparsity": 0.01}, {"bits": 8}])
+def test_shares_that_take_something_away_are_looked_up(scene: Path, shares: dict[str, float]) -> None:
+    # Its fused map to queries, keys and values is three times as wide as it is high.
+    tiny_model("gpt2").save_pretrained(scene / "full")
+    assert look_up(night_config(scene, split=WHOLE, emulator=shares)).depth == 6
+
+
+def test_a_model_that_passes_by_its_linear_maps_is_refused_before_anything_runs(scene: Path) -> None:
+    model = tiny_model("bloom")
+    model.config.slow_but_exact, model.config.pretraining_tp = True, 2
+    model.save_pretrained(scene / "full")
+    with pytest.raises(UnsupportedModelError, match="slow_but_exact to false"):
+        look_up(night_config(scene, emulator={"bits": 4}))
+    assert look_up(night_config(scene)).depth == 6
 
 
 def test_layers_cannot_be_named_beside_a_choice(scene: Path) -> None:

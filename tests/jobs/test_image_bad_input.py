@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -11,7 +15,9 @@ from PIL import Image
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from jobs import evaluate, make_emulator, plug_in, tune
+from jobs.command import config_file
 from ot_ray.artifacts import open_bundle, write_bundle
+from ot_ray.config import load
 from ot_ray.errors import OTRayError, UnsupportedModelError
 from ot_ray.model import SplitPlan, emulate
 from serve.config import ServeConfig
@@ -87,6 +93,13 @@ def test_images_that_do_not_open(sound: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_of_splits_is_no_folder_of_classes(sound: Path, tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        shutil.copytree(sound / "trees", tmp_path / "data" / part)
+    values = tuning(sound, str(tmp_path / "data"), output=str(tmp_path / "out"))
+    assert f"say images.source={tmp_path}/data/train" in refused(tune, values)
+
+
 def test_one_class_is_too_few(sound: Path, tmp_path: Path) -> None:
     assert "use images of at least two classes" in refused(tune, tuning(sound, "one", output=str(tmp_path / "out")))
 
@@ -112,6 +125,32 @@ def test_text_for_an_image_model_and_images_for_a_language_model(sound: Path, tm
     ):
         with pytest.raises(ValueError, match=message):
             tune.TuneConfig.model_validate({**tuning(sound, output=out), **values})
+
+
+def test_the_shipped_settings_serve_images_from_the_command_line(sound: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    settings = [f"bundle.folder={sound}/bundle", f"images.source={sound}/trees", f"output={out}", "training.steps=20"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "jobs.tune", *settings], capture_output=True, text=True, timeout=600, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout)["images"] == 6 and (out / "manifest.json").is_file()
+
+
+def test_the_shipped_settings_say_how_images_take_the_place_of_text() -> None:
+    def loaded(verb: ModuleType, name: str, *overrides: str) -> object:
+        return load(CONFIGS[verb], config_file(name), overrides)
+
+    with pytest.raises(OTRayError, match=r"neither is set; set data.source=\.\.\. or images.source=\.\.\."):
+        loaded(tune, "tune.yaml", "bundle.folder=b", "output=o")
+    with pytest.raises(OTRayError, match="both are set; leave one out: data=null or images=null"):
+        loaded(make_emulator, "make_emulator.yaml", "images.source=photos")
+    with pytest.raises(OTRayError, match="set validation_images, and validation=null"):
+        loaded(make_emulator, "make_emulator.yaml", "images.source=photos", "data=null")
+    overrides = ["images.source=photos", "data=null", "validation=null", "gate={}", "training.steps=0"]
+    assert loaded(make_emulator, "make_emulator.yaml", *overrides)
+    assert loaded(make_emulator, "make_emulator_images.yaml", "training.steps=0")
+    assert loaded(make_emulator, "make_emulator.yaml", "training.steps=0")
 
 
 def evaluation(place: Path, tmp_path: Path, **changes: object) -> dict[str, object]:
@@ -142,6 +181,10 @@ def test_evaluating_text_on_an_image_model(sound: Path, tmp_path: Path) -> None:
     assert "test is set, but a model of type vit takes images" in refused(evaluate, values)
     with pytest.raises(ValueError, match="train_images is required with test_images"):
         evaluate.EvaluateConfig.model_validate(evaluation(sound, tmp_path, train_images=None))
+    texts: tuple[dict[str, object], ...] = ({}, {"train": text, "test": text})
+    for given in texts:
+        with pytest.raises(ValueError, match="train_images is set, but test_images is not"):
+            evaluate.EvaluateConfig.model_validate(evaluation(sound, tmp_path, test_images=None, **given))
 
 
 def test_plugging_in_on_classes_that_the_adapter_does_not_know(sound: Path, tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from jobs.emulator import night
+from jobs.emulator import night, reading
 from jobs.emulator.config import MakeEmulatorConfig
+from jobs.emulator.identity import for_workers, look_up
 from jobs.emulator.night import run_night
 from jobs.emulator.records import Record, Records
 from ot_ray.artifacts import BundleSource, Releases, generate_key, hold_lease, publish_bundle
@@ -100,6 +101,21 @@ def test_workers_read_the_commit_that_was_found(scene: Path, tmp_path: Path, mon
         return inner(payload, run)
 
     run_night(night_config(scene, model={"name": "tiny", "source": "owner/tiny"}), moving)
+
+
+def test_workers_read_the_held_out_text_at_the_commit_that_was_found(
+    scene: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # No hub can be reached from here; which commit is asked for is what counts.
+    monkeypatch.setattr(reading, "resolved_revision", lambda data: {"hub:o/a": "1", "hub:o/b": "2"}[data.source])
+    monkeypatch.setattr(reading, "read_documents", lambda data, files: iter(()))
+    monkeypatch.setattr(reading, "source_digest", lambda data, files: f"digest of {data.revision}")
+    config = night_config(scene, data={"source": "hub:o/a", "workers": 0}, validation={"source": "hub:o/b", "limit": 8})
+    inputs = look_up(config)
+    handed = for_workers(config, inputs)["distill"]
+    assert (handed["data"]["revision"], handed["validation"]["revision"]) == ("1", "2")
+    assert handed["validation"]["limit"] == 8
+    assert (inputs.reading.digest, inputs.reading.held_out) == ("digest of 1", "digest of 2-16")
 
 
 def test_the_data_may_lie_elsewhere(scene: Path) -> None:

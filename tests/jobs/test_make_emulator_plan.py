@@ -8,9 +8,11 @@ import pytest
 
 from jobs import make_emulator
 from jobs.command import config_file
+from jobs.emulator.planned import show_plan
 from ot_ray.config import load
 from tests.jobs.conftest import Command, Ended
-from tests.jobs.scene import listing
+from tests.jobs.nights import night_config
+from tests.jobs.scene import DEPTH, listing
 
 MIB = 2**20
 
@@ -53,6 +55,35 @@ def test_a_plan_that_cannot_fit_is_refused(command: Command, scene: Path) -> Non
     assert "a small card" in ended.out
     assert ended.err.startswith("error: ")
     assert "fit" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("emulator", "said"),
+    [
+        ({}, []),
+        ({"layers": "cka"}, ["one worker chooses layers by cka with the full model", "what layers return"]),
+        ({"layers": "gradient"}, ["one worker chooses layers by gradient with the full model", "gradients of public"]),
+        (
+            {"attention_rank": 0.25},
+            ["works out the smaller maps with the full model", "emulator.attention_rank changes"],
+        ),
+        ({"sparsity": 0.5, "bits": 4}, ["emulator.sparsity, emulator.bits changes; E is planned with layers as large"]),
+    ],
+)
+def test_what_a_plan_leaves_out_is_said(
+    emulator: dict[str, object], said: list[str], scene: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    show_plan(night_config(scene, emulator=emulator, hardware="cpu"))
+    text = capsys.readouterr().out
+    assert all(part in text for part in said)
+    one_worker, shapes = bool({"layers", "attention_rank"} & emulator.keys()), bool(emulator.keys() - {"layers"})
+    assert text.count("Not in the plan: ") == one_worker + shapes
+
+
+def test_layers_that_all_stay_need_no_worker_to_choose(scene: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = {"bottom": 1, "keep": DEPTH - 2, "top": 1}
+    show_plan(night_config(scene, split=whole, emulator={"layers": "gradient", "bits": 4}, hardware="cpu"))
+    assert "one worker" not in capsys.readouterr().out
 
 
 def test_the_settings_that_ship_are_a_night_s() -> None:

@@ -242,7 +242,7 @@ def test_the_tuning_job_sees_what_it_may(story: Story, tuned: list[str], job_lau
 
 
 def test_the_five_settings_are_in_the_paper_s_order(report: dict[str, Any]) -> None:
-    settings = FiveSettings(**{name: report[name] for name in FiveSettings.__dataclass_fields__})
+    settings = FiveSettings.of(report)
     assert settings.broken_promises() == []
     assert settings.ot_plug_in < 0.97 * settings.full_zero_shot
     assert settings.ot_plug_in < 0.97 * settings.ot_emulator
