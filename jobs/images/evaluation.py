@@ -11,7 +11,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from jobs.evaluation.config import EvaluateConfig
 from jobs.images.opening import labelled_images
-from jobs.limits import require_kind
+from jobs.limits import require_kind, require_same_model
 from ot_ray.artifacts import inspect_adapter, load_full, open_model_source, plain_state
 from ot_ray.data.images import ImageConfig, LabelledImages
 from ot_ray.evaluation import ACCURACY, FiveSettings, accuracy, class_mean_head
@@ -38,6 +38,7 @@ def measure_images(config: EvaluateConfig) -> FiveSettings:
     test = test.with_classes(train.classes, "a head made of train_images")
     with tempfile.TemporaryDirectory() as temporary:
         bundle = config.bundle.open(Path(temporary) / "bundle")
+        require_same_model(bundle.manifest.model, config.model.name)
         plan = bundle.manifest.plan
         folder = Path(temporary) / "adapter"
         download_folder(open_store(config.adapter), "", folder)

@@ -174,6 +174,12 @@ def test_evaluating_on_classes_that_the_adapter_does_not_know(sound: Path, tmp_p
     assert "a head made of train_images does not know: its classes are ash, birch" in text
 
 
+def test_evaluating_a_bundle_of_another_model(sound: Path, tmp_path: Path) -> None:
+    other = {"name": "flowers", "source": str(sound / "full")}
+    text = refused(evaluate, evaluation(sound, tmp_path, model=other))
+    assert "the bundle is of model 'trees', but model.name is 'flowers'" in text
+
+
 def test_evaluating_text_on_an_image_model(sound: Path, tmp_path: Path) -> None:
     build(tmp_path)
     text = {"source": str(tmp_path / "train.jsonl")}
