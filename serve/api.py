@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from ot_ray.errors import OTRayError
-from serve.backend import Backend
+from serve.engine.backend import Backend
 from serve.failures import ApiError, api_error
 from serve.middleware import BodyLimit, RequestId
 from serve.routes import completions, health, models

@@ -16,10 +16,11 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from ot_ray.errors import OTRayError
 from serve.config import ServeConfig
+from serve.engine.generation import Chunk
+from serve.engine.loading import load_backend
 from serve.failures import ApiError, api_error
-from serve.generation import Chunk
-from serve.loading import load_backend
-from serve.wire import CompletionRequest, ModelCard
+from serve.wire.completions import CompletionRequest
+from serve.wire.models import ModelCard
 
 
 class Engine:

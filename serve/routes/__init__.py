@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import Request
 
-from serve.backend import Backend
+from serve.engine.backend import Backend
 
 
 def backend_of(request: Request) -> Backend:

@@ -15,11 +15,11 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from serve.backend import Backend
+from serve.engine.backend import Backend
+from serve.engine.generation import Chunk
 from serve.failures import api_error
-from serve.generation import Chunk
 from serve.routes import backend_of
-from serve.wire import Choice, Completion, CompletionRequest, Logprobs, Usage
+from serve.wire.completions import Choice, Completion, CompletionRequest, Logprobs, Usage
 
 router = APIRouter(prefix="/v1")
 

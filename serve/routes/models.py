@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 
 from serve.failures import model_not_found
 from serve.routes import backend_of
-from serve.wire import ModelCard, ModelList
+from serve.wire.models import ModelCard, ModelList
 
 router = APIRouter(prefix="/v1")
 

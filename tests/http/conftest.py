@@ -10,8 +10,8 @@ import torch
 from tiny_service import BASE, Shelf, byte_model, byte_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from serve.generation import GenerationEngine
-from serve.residency import PlugInCache
+from serve.engine.generation import GenerationEngine
+from serve.engine.residency import PlugInCache
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,11 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ot_ray.errors import StoreUnavailableError
 from serve.api import create_api
-from serve.backend import LocalBackend
+from serve.engine.backend import LocalBackend
+from serve.engine.generation import Chunk, GenerationEngine
+from serve.engine.residency import PlugInCache
 from serve.failures import BusyError
-from serve.generation import Chunk, GenerationEngine
-from serve.residency import PlugInCache
-from serve.wire import CompletionRequest
+from serve.wire.completions import CompletionRequest
 
 HELLO = {"model": "tiny", "prompt": "Hello", "max_tokens": 8, "seed": 1, "logit_bias": PLAIN_TEXT}
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from serve.decoding import decode, score, score_prompt
-from serve.sampling import Sampler, Sampling
+from serve.engine.decoding import decode, score, score_prompt
+from serve.engine.sampling import Sampler, Sampling
 from tests.fixtures.models import tokens
 
 GREEDY = Sampling(temperature=0)

@@ -14,11 +14,11 @@ from tiny_service import CONTEXT, END, PLAIN_TEXT, PLAN, Shelf, tokens_of
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ot_ray.model import plug_in
-from serve.decoding import decode
+from serve.engine.decoding import decode
+from serve.engine.generation import GenerationEngine
+from serve.engine.sampling import Sampler, Sampling
 from serve.failures import ApiError
-from serve.generation import GenerationEngine
-from serve.sampling import Sampler, Sampling
-from serve.wire import Choice, CompletionRequest, Logprobs, Usage
+from serve.wire.completions import Choice, CompletionRequest, Logprobs, Usage
 
 
 def ask(engine: GenerationEngine, **fields: Any) -> tuple[list[Choice], Usage]:

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from ot_ray.errors import NotFoundError, SplitError, StoreUnavailableError
 from ot_ray.model import adapter_state, plug_in
 from ot_ray.model.families import layers_of
+from serve.engine.residency import PlugInCache
 from serve.failures import BusyError
-from serve.residency import PlugInCache
 
 IDS = torch.arange(5, 25)[None]
 

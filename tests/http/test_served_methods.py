@@ -14,10 +14,10 @@ from ot_ray.artifacts import Registry, inspect_adapter, open_bundle, plain_state
 from ot_ray.model import METHODS, LoraSettings, adapter_state, emulate, plug_in, prepare_tuning
 from ot_ray.store import open_store
 from serve.api import create_api
-from serve.backend import LocalBackend
-from serve.catalogue import RegistryCatalogue
-from serve.generation import GenerationEngine
-from serve.residency import PlugInCache
+from serve.engine.backend import LocalBackend
+from serve.engine.generation import GenerationEngine
+from serve.engine.plug_ins import RegistryCatalogue
+from serve.engine.residency import PlugInCache
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 from tiny_service import tokens_of
 from transformers import PreTrainedTokenizerFast
 
-from serve.text import Detokenizer, StopFilter
+from serve.engine.text import Detokenizer, StopFilter
 
 
 def test_characters_of_many_tokens_come_whole(tokenizer: PreTrainedTokenizerFast) -> None:

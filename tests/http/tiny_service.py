@@ -22,7 +22,7 @@ from ot_ray.model import (
     merged_adapter_state,
     prepare_tuning,
 )
-from serve.catalogue import PlugIn
+from serve.engine.plug_ins import PlugIn
 from tests.fixtures.models import SHAPES
 
 BASE = "tiny"

@@ -21,7 +21,7 @@ from ot_ray.config import load
 from ot_ray.errors import OTRayError, UnsupportedModelError
 from ot_ray.model import SplitPlan, emulate
 from serve.config import ServeConfig
-from serve.loading import load_backend
+from serve.engine.loading import load_backend
 from tests.fixtures.models import SIDE, tiny_image_model
 from tests.jobs.scene import build
 

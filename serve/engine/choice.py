@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from serve.decoding import TokenScore, score, score_prompt
-from serve.text import Detokenizer, StopFilter
-from serve.wire import Choice, CompletionRequest, Logprobs
+from serve.engine.decoding import TokenScore, score, score_prompt
+from serve.engine.text import Detokenizer, StopFilter
+from serve.wire.completions import Choice, CompletionRequest, Logprobs
 
 
 class GrowingChoice:

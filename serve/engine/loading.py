@@ -8,11 +8,11 @@ from ot_ray.artifacts import Registry, load_full, open_model_source
 from ot_ray.errors import UnsupportedModelError
 from ot_ray.model import FAMILIES
 from ot_ray.store import open_store
-from serve.backend import LocalBackend
-from serve.catalogue import NoPlugIns, RegistryCatalogue
 from serve.config import ServeConfig
-from serve.generation import GenerationEngine
-from serve.residency import PlugInCache
+from serve.engine.backend import LocalBackend
+from serve.engine.generation import GenerationEngine
+from serve.engine.plug_ins import NoPlugIns, RegistryCatalogue
+from serve.engine.residency import PlugInCache
 
 
 def load_backend(config: ServeConfig) -> LocalBackend:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ot_ray.errors import NotFoundError, OTRayError
 from ot_ray.model import plug_in
-from serve.catalogue import Catalogue, PlugIn
+from serve.engine.plug_ins import Catalogue, PlugIn
 from serve.failures import BusyError
 
 _log = logging.getLogger(__name__)

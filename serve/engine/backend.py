@@ -11,9 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Any, Protocol
 
+from serve.engine.generation import Chunk, GenerationEngine, Job
 from serve.failures import BusyError
-from serve.generation import Chunk, GenerationEngine, Job
-from serve.wire import CompletionRequest, ModelCard
+from serve.wire.completions import CompletionRequest
+from serve.wire.models import ModelCard
 
 _BEGUN, _ENDED = object(), object()
 

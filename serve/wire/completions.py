@@ -1,13 +1,15 @@
-"""OpenAI's completions and models as types: what a request may hold, and the shape of every answer.
+"""OpenAI's completions as types: what a request may hold, and the shape of every answer.
 
-Checks that need a tokenizer or a model are left to generation.py."""
+Checks that need a tokenizer or a model are left to the engine."""
 
 from __future__ import annotations
 
 import time
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field
+
+from serve.wire.base import Request
 
 _PROMPT = "a prompt is a string, a list of strings, a list of token ids, or a list of lists of token ids"
 
@@ -39,18 +41,7 @@ def _stops(value: Any) -> tuple[str, ...]:
     return tuple(stops)
 
 
-class _Request(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_default(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        return {key: value for key, value in values.items() if value is not None}
-
-
-class StreamOptions(_Request):
+class StreamOptions(Request):
     """What a stream holds beside the text."""
 
     include_usage: bool = False
@@ -59,7 +50,7 @@ class StreamOptions(_Request):
     """Accepted for OpenAI's clients; this service pads nothing."""
 
 
-class CompletionRequest(_Request):
+class CompletionRequest(Request):
     """The body of `POST /v1/completions`; `null` means a field's default, as it does at OpenAI."""
 
     model: str
@@ -75,7 +66,9 @@ class CompletionRequest(_Request):
     echo: bool = False
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] = {}
+    logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] = Field(
+        default_factory=dict
+    )
     best_of: int | None = Field(None, ge=1)
     suffix: str = ""
     stream: bool = False
@@ -127,20 +120,3 @@ class Completion(BaseModel):
     model: str
     choices: list[Choice]
     usage: Usage | None = None
-
-
-class ModelCard(BaseModel):
-    """One model in `GET /v1/models`."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    """Seconds since 1970."""
-    owned_by: str
-
-
-class ModelList(BaseModel):
-    """The answer to `GET /v1/models`."""
-
-    object: Literal["list"] = "list"
-    data: list[ModelCard]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from serve.sampling import Sampler
+from serve.engine.sampling import Sampler
 
 # Rows of logits that are turned into float32 probabilities at once, to bound memory.
 _ROWS = 128

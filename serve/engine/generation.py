@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ot_ray.errors import NotFoundError
-from serve.catalogue import PlugIn
-from serve.choice import GrowingChoice
-from serve.decoding import decode
+from serve.engine.choice import GrowingChoice
+from serve.engine.decoding import decode
+from serve.engine.plug_ins import PlugIn
+from serve.engine.residency import PlugInCache
+from serve.engine.sampling import Sampler, Sampling
 from serve.failures import ApiError, model_not_found
-from serve.residency import PlugInCache
-from serve.sampling import Sampler, Sampling
-from serve.wire import Choice, CompletionRequest, ModelCard, Usage
+from serve.wire.completions import Choice, CompletionRequest, Usage
+from serve.wire.models import ModelCard
 
 # For architectures without learnt positions whose config states no length.
 _UNSTATED_CONTEXT = 2048
