@@ -1,6 +1,6 @@
 """The HTTP application: routes by resource, and every error in OpenAI's body.
 
-Knows a `Backend` and nothing of models or Ray, so that it runs the same under any ASGI server."""
+Knows a `Service` and nothing of Ray, so that it runs the same under any ASGI server."""
 
 from __future__ import annotations
 
@@ -14,29 +14,28 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from ot_ray.errors import OTRayError
-from serve.engine.backend import Backend
 from serve.failures import ApiError, api_error
 from serve.middleware import BodyLimit, RequestId
 from serve.routes import completions, health, models
+from serve.service import Service
 
 _log = logging.getLogger(__name__)
 
 
-def create_api(backend: Backend, *, max_body_bytes: int = 4 * 2**20, answer_request_id: bool = True) -> FastAPI:
+def create_api(service: Service, *, answer_request_id: bool = True) -> FastAPI:
     """Build the application.
 
     Args:
-        max_body_bytes: a larger request body is answered 413.
         answer_request_id: put `x-request-id` on answers; off where the server in front already does.
     """
     api = FastAPI(title="Offsite tuning", docs_url=None, redoc_url=None)
-    api.state.backend = backend
+    api.state.service = service
     for resource in (models, completions, health):
         api.include_router(resource.router)
     api.add_exception_handler(RequestValidationError, _on_invalid)
     api.add_exception_handler(HTTPException, _on_http_error)
     api.add_exception_handler(OTRayError, _on_error)
-    api.add_middleware(BodyLimit, limit=max_body_bytes)
+    api.add_middleware(BodyLimit, limit=service.settings.max_body_bytes)
     api.add_middleware(RequestId, answer=answer_request_id)
     return api
 

@@ -15,6 +15,7 @@ from ot_ray.config import parse
 from serve.api import create_api
 from serve.config import ServeConfig
 from serve.remote import Engine, RemoteBackend
+from serve.service import Service
 
 # The ingress only passes bytes on, so it takes all that the engines and their queue can hold.
 _INGRESS_REQUESTS = 10_000
@@ -28,9 +29,7 @@ class Api:
         self._config, self._engine = config, engine
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_api(
-            RemoteBackend(self._engine), max_body_bytes=self._config.max_body_bytes, answer_request_id=False
-        )
+        return create_api(Service(RemoteBackend(self._engine), self._config), answer_request_id=False)
 
 
 def build_app(args: dict[str, Any]) -> ray_serve.Application:

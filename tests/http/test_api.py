@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from tiny_service import BASE, PLAIN_TEXT, Shelf
+from tiny_service import BASE, PLAIN_TEXT, Shelf, service_over
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ot_ray.errors import StoreUnavailableError
@@ -27,7 +27,7 @@ HELLO = {"model": "tiny", "prompt": "Hello", "max_tokens": 8, "seed": 1, "logit_
 
 @pytest.fixture
 def client(engine: GenerationEngine) -> Iterator[TestClient]:
-    with TestClient(create_api(LocalBackend(engine), max_body_bytes=50_000)) as client:
+    with TestClient(create_api(service_over(LocalBackend(engine)))) as client:
         yield client
 
 
@@ -175,7 +175,7 @@ def test_every_answer_has_a_request_id(client: TestClient) -> None:
 
 
 def test_requests_beyond_the_lanes_wait_their_turn_and_are_refused_in_time(engine: GenerationEngine) -> None:
-    with TestClient(create_api(LocalBackend(engine, max_concurrent=1, wait_s=0.2))) as client:
+    with TestClient(create_api(service_over(LocalBackend(engine, max_concurrent=1, wait_s=0.2)))) as client:
         slow = {**HELLO, "max_tokens": 100, "n": 4}
         statuses: list[int] = []
         first = threading.Thread(target=lambda: statuses.append(client.post("/v1/completions", json=slow).status_code))
@@ -194,7 +194,7 @@ def test_registry_that_never_answered_is_a_503_for_plug_ins_only(
 ) -> None:
     shelf.error = StoreUnavailableError("s3://secret-bucket does not answer")
     engine = GenerationEngine(tokenizer, PlugInCache(BASE, base, shelf))
-    with TestClient(create_api(LocalBackend(engine))) as client:
+    with TestClient(create_api(service_over(LocalBackend(engine)))) as client:
         response = client.post("/v1/completions", json={**HELLO, "model": "ft:tiny:anna"})
         assert response.status_code == 503
         assert "secret" not in response.text
@@ -222,7 +222,7 @@ class Broken(LocalBackend):
 
 
 def test_failures_tell_no_secrets(engine: GenerationEngine) -> None:
-    with TestClient(create_api(Broken(engine, 0, RuntimeError("secret at /home")))) as client:
+    with TestClient(create_api(service_over(Broken(engine, 0, RuntimeError("secret at /home"))))) as client:
         for stream in (False, True):
             response = client.post("/v1/completions", json={**HELLO, "stream": stream})
             assert response.status_code == 500
@@ -235,7 +235,7 @@ def test_failures_tell_no_secrets(engine: GenerationEngine) -> None:
 
 
 def test_failure_in_the_middle_of_a_stream_is_an_event(engine: GenerationEngine) -> None:
-    with TestClient(create_api(Broken(engine, 2, BusyError("no room")))) as client:
+    with TestClient(create_api(service_over(Broken(engine, 2, BusyError("no room"))))) as client:
         first, second, error = events(client)
     assert first["choices"][0]["text"]
     assert second["choices"][0]["text"]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from fastapi.testclient import TestClient
-from tiny_service import BASE, PLAIN_TEXT, PLAN, tokens_of
+from tiny_service import BASE, PLAIN_TEXT, PLAN, service_over, tokens_of
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ot_ray.artifacts import Registry, inspect_adapter, open_bundle, plain_state, write_adapter, write_bundle
@@ -62,7 +62,7 @@ def client(
     base: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, ids: dict[str, str], store: str
 ) -> Iterator[TestClient]:
     cache = PlugInCache(BASE, base, RegistryCatalogue(Registry(open_store(store)), BASE), refresh_s=0)
-    with TestClient(create_api(LocalBackend(GenerationEngine(tokenizer, cache)), max_body_bytes=50_000)) as client:
+    with TestClient(create_api(service_over(LocalBackend(GenerationEngine(tokenizer, cache))))) as client:
         yield client
 
 

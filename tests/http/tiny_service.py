@@ -22,7 +22,10 @@ from ot_ray.model import (
     merged_adapter_state,
     prepare_tuning,
 )
+from serve.config import ServeConfig
+from serve.engine.backend import Backend
 from serve.engine.plug_ins import PlugIn
+from serve.service import Service
 from tests.fixtures.models import SHAPES
 
 BASE = "tiny"
@@ -30,6 +33,13 @@ CONTEXT = 128
 PLAN = SplitPlan(bottom=1, keep=2, top=1)
 END, FIRST_BYTE = 1, 2
 VOCABULARY = 256 + FIRST_BYTE
+
+
+def service_over(backend: Backend, max_body_bytes: int = 50_000) -> Service:
+    """An open service: no tenants, no store."""
+    return Service(
+        backend, ServeConfig.model_validate({"model": {"name": BASE, "source": "."}, "max_body_bytes": max_body_bytes})
+    )
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
