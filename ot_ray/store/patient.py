@@ -49,6 +49,15 @@ class PatientStore:
     def __repr__(self) -> str:
         return f"PatientStore({self._store!r}, {self._patience_s})"
 
+    @property
+    def inner(self) -> Store:
+        """The store behind."""
+        return self._store
+
+    def around(self, store: Store) -> PatientStore:
+        """Another store, waited for as this one is."""
+        return PatientStore(store, self._patience_s, self._tell)
+
     def abandon(self) -> None:
         """Wait no longer: calls that wait now, and all later ones, fail as the store behind fails."""
         self._abandoned.set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import threading
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
@@ -14,11 +14,13 @@ FAULTS = {503: "SlowDown", 500: "InternalError", 403: "AccessDenied", 507: "Insu
 
 @dataclass(frozen=True)
 class Seen:
-    """One request: its method, its path and query, the bytes it asked for."""
+    """One request: its method, its path and query, the bytes it asked for, its signature, what a POST said."""
 
     method: str
     path: str
     range: str | None
+    authorization: str = field(default="", compare=False, repr=False)
+    posted: bytes = field(default=b"", compare=False, repr=False)
 
 
 class FaultyProxy(ThreadingHTTPServer):
@@ -52,8 +54,9 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"  # clients that wait for "100 Continue" get it
 
     def _serve(self) -> None:
-        self.server.seen.append(Seen(self.command, self.path, self.headers.get("Range")))
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        signed, posted = self.headers.get("Authorization", ""), body if self.command == "POST" else b""
+        self.server.seen.append(Seen(self.command, self.path, self.headers.get("Range"), signed, posted))
         fault = self.server.next_fault(self.command)
         if isinstance(fault, int):
             self._refuse(fault)
