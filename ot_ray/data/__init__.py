@@ -4,6 +4,7 @@ Ray or training loops."""
 from __future__ import annotations
 
 from ot_ray.data.batches import Batches, BatchStream, rows_of
+from ot_ray.data.chat import render
 from ot_ray.data.cpython import docstrings, language_reference, write_quickstart_data
 from ot_ray.data.digest import resolved_revision, source_digest
 from ot_ray.data.documents import DataConfig, read_documents
@@ -40,6 +41,7 @@ __all__ = [
     "open_stream",
     "pack",
     "read_documents",
+    "render",
     "resolved_revision",
     "rows_of",
     "source_digest",

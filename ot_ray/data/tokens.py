@@ -1,6 +1,6 @@
 """Documents to token ids, with a mark on every token that enters the loss.
 
-Laying out chats is the tokenizer's template's part; cutting and padding to a length is `packing`'s."""
+Laying out chats is chat.py's part; cutting and padding to a length is `packing`'s."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+from ot_ray.data.chat import render
 from ot_ray.data.examples import Conversation, Document, Message, Segment
 from ot_ray.errors import DataError
 
@@ -44,8 +45,8 @@ def tokenize(document: Document, tokenizer: PreTrainedTokenizerBase, max_length:
             Plain text is not cut: the packer splits it.
 
     Raises:
-        DataError: the tokenizer has no end-of-sequence token, no chat template, or no character
-            offsets, or its template cannot lay out this conversation.
+        DataError: the tokenizer has no end-of-sequence token or no character offsets, or its template
+            cannot lay out this conversation.
     """
     chat = isinstance(document, Conversation)
     segments = _lay_out(document, tokenizer) if chat else document.segments
@@ -146,14 +147,4 @@ def _closing(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
 
 
 def _render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, where: str) -> str:
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"{where}: the tokenizer has no chat template; use a chat model's tokenizer, or write prompt and completion"
-        )
-    plain = [{"role": message.role, "content": message.content} for message in messages]
-    try:
-        return str(tokenizer.apply_chat_template(plain, tokenize=False))
-    except Exception as error:
-        # A template is a program: it raises its own errors and any that Jinja or Python know.
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{where}: the chat template refuses the conversation: {reason}") from None
+    return render([{"role": message.role, "content": message.content} for message in messages], tokenizer, where)

@@ -26,21 +26,38 @@ def mean_loss(model: PreTrainedModel | PeftModel, sequences: Sequence[PackedSequ
     Raises:
         DataError: no token counts.
     """
+    return _means(model, sequences, batch_size, accuracy=False)[0]
+
+
+def loss_and_token_accuracy(
+    model: PreTrainedModel | PeftModel, sequences: Sequence[PackedSequence], batch_size: int = 8
+) -> tuple[float, float]:
+    """`mean_loss`, and the share of the same tokens that the model finds likeliest in their places.
+
+    Raises:
+        DataError: no token counts.
+    """
+    return _means(model, sequences, batch_size, accuracy=True)
+
+
+def _means(
+    model: PreTrainedModel | PeftModel, sequences: Sequence[PackedSequence], batch_size: int, accuracy: bool
+) -> tuple[float, float]:
     training = model.training
     model.eval()
     try:
         with torch.inference_mode(), _one_dtype(model):
             language = LanguageModel(model)
             sums = [
-                _summed_loss(language, sequences[start : start + batch_size])
+                _sums(language, sequences[start : start + batch_size], accuracy)
                 for start in range(0, len(sequences), batch_size)
             ]
     finally:
         model.train(training)
-    count = sum(tokens for _, tokens in sums)
+    loss, right, count = (sum(part) for part in zip(*sums, strict=True)) if sums else (0.0, 0.0, 0)
     if count == 0:
         raise DataError("no token of the evaluation data counts; check its labels and length")
-    return sum(loss for loss, _ in sums) / count
+    return loss / count, right / count
 
 
 def perplexity(model: PreTrainedModel | PeftModel, sequences: Sequence[PackedSequence], batch_size: int = 8) -> float:
@@ -48,13 +65,14 @@ def perplexity(model: PreTrainedModel | PeftModel, sequences: Sequence[PackedSeq
     return math.exp(mean_loss(model, sequences, batch_size))
 
 
-def _summed_loss(model: LanguageModel, sequences: Sequence[PackedSequence]) -> tuple[float, int]:
-    """Negative log-likelihood of the tokens that count, and how many they are."""
+def _sums(model: LanguageModel, sequences: Sequence[PackedSequence], accuracy: bool) -> tuple[float, float, int]:
+    """Negative log-likelihood of the tokens that count, how many of them are the likeliest, and how many they are."""
     device = next(model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in without_padding(collate(sequences)).items()}
     hidden = body_output(model.model, batch["input_ids"], batch["position_ids"])
-    loss = model.head(hidden, batch["labels"], summed=True)
-    return loss.item(), int((batch["labels"][:, 1:] != IGNORED).sum())
+    found = model.head(hidden, batch["labels"], summed=True, accuracy=accuracy)
+    loss, right = (found[0].item(), found[1].item()) if accuracy else (found.item(), 0.0)
+    return loss, right, int((batch["labels"][:, 1:] != IGNORED).sum())
 
 
 def _one_dtype(model: torch.nn.Module) -> torch.autocast:

@@ -16,10 +16,15 @@ from ot_ray.model.losses import LanguageHead
 
 
 class LanguageModel(nn.Module):
-    """Wraps a full, emulated, plug-in or PEFT model. Letters: B rows, T positions."""
+    """Wraps a full, emulated, plug-in or PEFT model. Letters: B rows, T positions.
 
-    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+    Args:
+        accuracy: say of each batch how often the likeliest token is the label, too.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel, accuracy: bool = False) -> None:
         super().__init__()
+        self._accuracy = accuracy
         # PEFT puts its layers into the base model; its own wrapper would pass by the model's hooks.
         self.model: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[assignment]
         # After the model, so that the parameters which both hold go by their names in the model.
@@ -36,9 +41,13 @@ class LanguageModel(nn.Module):
 
         Returns:
             `loss`, the mean over rows of each row's mean cross-entropy over its tokens that are learnt, a
-            float32 scalar.
+            float32 scalar; `token_accuracy`, counted so too, where it is asked for.
         """
-        return {"loss": self.head(body_output(self.model, input_ids, position_ids), labels)}
+        hidden = body_output(self.model, input_ids, position_ids)
+        if not self._accuracy:
+            return {"loss": self.head(hidden, labels)}
+        loss, right = self.head(hidden, labels, accuracy=True)
+        return {"loss": loss, "token_accuracy": right}
 
 
 @contextmanager

@@ -118,3 +118,19 @@ def unreadable(where: str, error: Exception) -> ConfigError:
         f"model.source is {where!r}: {first_line}; name a folder or s3:// address with config.json, safetensors "
         "weights and a tokenizer, or a model on the hub"
     )
+
+
+def require_length(length: int, shape: PreTrainedConfig, field: str = "sequence_length") -> None:
+    """Refuse sequences that a model has no positions for.
+
+    Args:
+        shape: the model's configuration.
+        field: the setting that holds the length.
+
+    Raises:
+        ConfigError: names the longest sequence.
+    """
+    # Architectures without a table of positions, such as BLOOM, state none and take any length.
+    positions = getattr(shape, "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise ConfigError(f"{field} is {length}, but the model takes {positions} tokens; use 2..{positions}")

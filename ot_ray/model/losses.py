@@ -72,13 +72,17 @@ class LanguageHead(nn.Module):
         self._cap: float | None = getattr(model.config, cap) if cap else None
         self._tokens = tokens
 
-    def forward(self, hidden_BTD: torch.Tensor, labels_BT: torch.Tensor, *, summed: bool = False) -> torch.Tensor:
+    def forward(
+        self, hidden_BTD: torch.Tensor, labels_BT: torch.Tensor, *, summed: bool = False, accuracy: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Cross-entropy of predicting each label from the position before it.
 
         Args:
             hidden_BTD: what the model's body returns, after its final norm.
             labels_BT: int64, not shifted; -100 is not learnt.
             summed: the sum over all learnt positions instead.
+            accuracy: return a second scalar beside it: how often the likeliest token is the label, counted just as
+                the loss is (summed: how many are).
 
         Returns:
             The mean over rows of each row's mean, a float32 scalar; a row with nothing to learn counts 0.
@@ -91,9 +95,10 @@ class LanguageHead(nn.Module):
         hidden_ND, targets_N, shares_N = hidden_BTD[:, :-1][wanted], targets[wanted], shares[wanted]
         parameters = (self.weight,) if self.bias is None else (self.weight, self.bias)
         learns = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_ND, *parameters))
-        return _ChunkedCrossEntropy.apply(
-            hidden_ND, self.weight, self.bias, targets_N, shares_N, self._cap, self._tokens, learns
+        loss, right = _ChunkedCrossEntropy.apply(
+            hidden_ND, self.weight, self.bias, targets_N, shares_N, self._cap, self._tokens, learns, accuracy
         )
+        return (loss, right) if accuracy else loss
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -111,37 +116,53 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         cap: float | None,
         tokens: int,
         learns: bool,
-    ) -> torch.Tensor:
+        accuracy: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         device = hidden_ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
         head = _Head(weight_VD.to(dtype), bias_V.to(dtype) if bias_V is not None else None, cap)
-        by_hidden, by_weight, by_bias = (
-            torch.zeros_like(tensor) if learns and tensor is not None and needed else None
+        wanted = [
+            learns and tensor is not None and needed
             for tensor, needed in zip((hidden_ND, weight_VD, bias_V), ctx.needs_input_grad, strict=False)
-        )
+        ]
+        by_hidden = torch.empty_like(hidden_ND) if wanted[0] else None
+        by_weight = by_bias = None
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+        right = torch.zeros_like(total)
         with torch.autocast(device, enabled=False):
             for start in range(0, hidden_ND.shape[0], tokens):
                 part = slice(start, start + tokens)
                 hidden, shares = hidden_ND[part].to(dtype), shares_N[part]
-                loss, by_logits = head.loss(hidden, targets_N[part, None], shares, learns)
+                loss, hits, by_logits = head.loss(hidden, targets_N[part, None], shares, learns, accuracy)
                 total += loss
+                right += hits
                 if by_hidden is not None and by_logits is not None:
                     by_hidden[part] = by_logits @ head.weight
-                if by_weight is not None and by_logits is not None:
-                    by_weight += by_logits.T @ hidden
-                if by_bias is not None and by_logits is not None:
-                    by_bias += by_logits.sum(0)
+                if wanted[1] and by_logits is not None:
+                    by_weight = _plus(by_weight, by_logits.T @ hidden, weight_VD.dtype)
+                if wanted[2] and by_logits is not None:
+                    by_bias = _plus(by_bias, by_logits.sum(0), weight_VD.dtype)
+        if hidden_ND.shape[0] == 0:
+            by_weight = torch.zeros_like(weight_VD) if wanted[1] else None
+            by_bias = torch.zeros_like(bias_V) if wanted[2] and bias_V is not None else None
         # Not saved as tensors of the graph: backward scales them where they are, as a copy of the head would be large.
         ctx.gradients = by_hidden, by_weight, by_bias
-        return total
+        ctx.mark_non_differentiable(right)
+        return total, right
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, by_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: Any, by_total: torch.Tensor, by_right: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         assert gradients is not None, "the graph of this loss has been walked before"
-        return (*(g if g is None else g.mul_(by_total) for g in gradients), *[None] * 5)
+        return (*(g if g is None else g.mul_(by_total) for g in gradients), *[None] * 6)
+
+
+def _plus(total: torch.Tensor | None, part: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The sum in `dtype`; the first part starts it, because filling a head's gradient with zeros is a pass over it."""
+    return part.to(dtype) if total is None else total.add_(part)
 
 
 class _Head(NamedTuple):
@@ -152,19 +173,22 @@ class _Head(NamedTuple):
     cap: float | None
 
     def loss(
-        self, hidden_CD: torch.Tensor, targets_C1: torch.Tensor, shares_C: torch.Tensor, learns: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The weighted loss of one chunk, and its gradient by the logits, [C, V] in the products' type."""
+        self, hidden_CD: torch.Tensor, targets_C1: torch.Tensor, shares_C: torch.Tensor, learns: bool, accuracy: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | float, torch.Tensor | None]:
+        """The weighted loss of one chunk, the weighted number of labels that are likeliest (0 unless asked for), and
+        the loss's gradient by the logits, [C, V] in the products' type."""
         logits = F.linear(hidden_CD, self.weight, self.bias)
+        # A cap keeps the order, so that the likeliest is so without it.
+        hits = (shares_C * (logits.argmax(-1) == targets_C1.squeeze(1))).sum() if accuracy else 0.0
         slope = _slope(logits, self.cap) if learns else None
         logs = torch.log_softmax(_capped(logits, self.cap), dim=-1, dtype=torch.float32)
         del logits
         loss = -(logs.gather(1, targets_C1).squeeze(1) * shares_C).sum()
         if not learns:
-            return loss, None
+            return loss, hits, None
         by_logits = _minus_one(logs.exp_(), targets_C1)
         by_logits = by_logits.mul_(slope) if slope is not None else by_logits
-        return loss, by_logits.mul_(shares_C[:, None]).to(hidden_CD.dtype)
+        return loss, hits, by_logits.mul_(shares_C[:, None]).to(hidden_CD.dtype)
 
 
 def _capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from ot_ray.data import Conversation, Document, Example, Message, Segment, TokenSpan, tokenize
+from ot_ray.data import Conversation, Document, Example, Message, Segment, TokenSpan, render, tokenize
 from ot_ray.errors import DataError
 
 MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
@@ -169,10 +169,26 @@ def test_the_prompt_is_what_generation_meets(
     assert span.input_ids[: span.learn.index(True)] == prompt
 
 
+def test_without_a_template_turns_are_named_and_the_prompt_is_what_generation_meets(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    tokenizer = make_tokenizer(chat_template=None)
+    document = chat(
+        ("system", "Be brief."), ("user", "Hi? "), ("assistant", "Hello."), ("user", "q"), ("assistant", "two")
+    )
+    span = tokenize(document, tokenizer, 512)
+    assert tokenizer.decode(span.input_ids) == (
+        "System:\nBe brief.\n\nUser:\nHi? \n\nAssistant:\nHello.</s>\n\nUser:\nq\n\nAssistant:\ntwo</s>\n\n"
+    )
+    assert learnt(span, tokenizer) == ["Hello.</s>", "two</s>"]
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi? "}]
+    prompt = tokenizer(render(asked, tokenizer, reply=True), add_special_tokens=False)["input_ids"]
+    assert span.input_ids[: span.learn.index(True)] == prompt
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (None, "the tokenizer has no chat template; use a chat model's tokenizer"),
         (ALTERNATING, "the chat template refuses the conversation: Start with the user"),
         ("{{ messages[0]['role'] }}", r"does not show what .* in messages\[0\]"),
         (
@@ -182,7 +198,7 @@ def test_the_prompt_is_what_generation_meets(
         ("{{ messages[0]['content'] | length }}", r"does not show what .* in messages\[0\]"),
     ],
 )
-def test_a_template_that_does_not_serve(make_tokenizer: MakeTokenizer, template: str | None, message: str) -> None:
+def test_a_template_that_does_not_serve(make_tokenizer: MakeTokenizer, template: str, message: str) -> None:
     with pytest.raises(DataError, match=rf"^chats\.jsonl, line 5: .*{message}"):
         tokenize(chat(("assistant", "one")), make_tokenizer(chat_template=template), 512)
 

@@ -165,3 +165,26 @@ def test_distance_is_the_mean_of_each_rows_own():
     for s, t, r in zip(student, teacher, real, strict=True):
         rows.append(((t[r] - s[r]) / t[r].pow(2).mean().sqrt()).pow(2).mean())
     torch.testing.assert_close(normalized_mse(student, teacher, real), torch.stack(rows).mean())
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 1000])
+def test_accuracy_is_counted_as_the_loss_is_and_changes_nothing_of_it(family_model, chunk):
+    ids = tokens(3, 12)
+    logits = family_model(ids, use_cache=False).logits
+    labels = _labels(ids)
+    # Labels that the model finds likeliest, in some places, so that the accuracy is neither 0 nor 1.
+    labels[:2, 8:] = torch.where(labels[:2, 8:] == -100, labels[:2, 8:], logits.argmax(-1)[:2, 7:-1])
+    right = (logits[:, :-1].argmax(-1) == labels[:, 1:]).float()
+    learnt = (labels[:, 1:] != -100).float()
+    shares = learnt / learnt.sum(1, keepdim=True).clamp_min(1) / 3
+    hidden = body_output(family_model, ids, None)
+    head = LanguageHead(family_model, chunk)
+    plain = head(hidden, labels)
+    loss, accuracy = head(hidden, labels, accuracy=True)
+    assert torch.equal(loss, plain)
+    assert 0.1 < accuracy < 0.9
+    torch.testing.assert_close(accuracy, (right * shares).sum(), rtol=1e-6, atol=0)
+    assert not accuracy.requires_grad
+    gradients = [torch.autograd.grad(value, hidden, retain_graph=True)[0] for value in (loss, plain)]
+    assert torch.equal(*gradients)
+    assert head(hidden, labels, summed=True, accuracy=True)[1] == (right * learnt).sum()
