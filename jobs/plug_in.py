@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from jobs.command import config_file, run_command
 from jobs.images.evaluation import image_report
-from jobs.limits import require_kind, require_length
+from jobs.limits import require_kind
 from ot_ray.artifacts import (
     BundleSource,
     InspectionLimits,
@@ -20,6 +20,7 @@ from ot_ray.artifacts import (
     load_full,
     open_model_source,
     plain_state,
+    require_sane_changes,
 )
 from ot_ray.config import Config
 from ot_ray.data import DataConfig, PackedSequence, load_sequences
@@ -27,6 +28,7 @@ from ot_ray.data.images import ImageConfig
 from ot_ray.errors import AdapterRejectedError
 from ot_ray.evaluation import perplexity
 from ot_ray.model import ModelConfig, adapter_state, plug_in
+from ot_ray.model.loading import require_length
 from ot_ray.store import download_folder, open_store
 from ot_ray.training.text_source import files_of
 
@@ -45,7 +47,7 @@ class PlugInConfig(Config):
     tenant: str = Field(pattern=NAME)
     """Whose plug-in it becomes."""
     suffix: str = Field(default="default", pattern=NAME)
-    """The tenant's name for it; a later promotion under the same suffix takes its place."""
+    """The tenant's name for it; the last one promoted under a suffix is current, and answers to the name without id."""
     store: str
     """Folder or address of the registry of plug-ins."""
     data: DataConfig | None = None
@@ -60,7 +62,7 @@ class PlugInConfig(Config):
     min_accuracy: float | None = Field(default=None, ge=0, le=1)
     """The plug-in's accuracy on `images` must be at least this; unset, it is only reported."""
     limits: InspectionLimits = InspectionLimits()
-    """How large an adapter may be."""
+    """How large an adapter may be, and how far its tensors may move."""
 
     @model_validator(mode="after")
     def _ratio_has_data(self) -> PlugInConfig:
@@ -94,7 +96,9 @@ def run(config: PlugInConfig) -> dict[str, Any]:
         require_length(config.sequence_length, source.config)
     model = load_full(config.model, source=source)
     plan = bundle.manifest.plan
-    state = plain_state(inspected, adapter_state(model, plan))
+    original = adapter_state(model, plan)
+    state = plain_state(inspected, original)
+    changes = require_sane_changes(bundle.manifest, state, original, config.limits.changes)
     report: dict[str, float] = {}
     if config.data is not None:
         sequences = _sequences(config.data, source, config.sequence_length)
@@ -113,7 +117,7 @@ def run(config: PlugInConfig) -> dict[str, Any]:
         state,
         bundle_id=bundle.manifest.bundle_id,
         plan=plan,
-        report=report,
+        report={**report, **changes},
         classes=inspected.manifest.classes,
     )
     registry.promote(record.model_id)

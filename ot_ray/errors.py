@@ -5,6 +5,8 @@ A message names the field or file, the value, and the way out."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class OTRayError(Exception):
     """Base of every error that is the user's to mend; commands print it without a stack trace."""
@@ -55,7 +57,15 @@ class SignatureError(ArtifactError):
 
 
 class AdapterRejectedError(ArtifactError):
-    """An adapter that came back failed inspection; the message lists every reason found."""
+    """An adapter that came back was refused; the message lists every reason found, and so does `reasons`."""
+
+    def __init__(self, message: str, reasons: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.reasons = tuple(reasons) or (message,)
+
+
+class ServiceError(OTRayError, ConnectionError):
+    """The service over HTTP refused a request, or did not answer; the message is its own where it gave one."""
 
 
 class TrainingError(OTRayError, RuntimeError):

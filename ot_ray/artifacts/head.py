@@ -78,7 +78,11 @@ def wrong_classes(manifest: AdapterManifest, bundle: BundleManifest, most: int) 
         yield f"{MANIFEST}: classes names {len(classes)}; use 2..{most}"
 
 
+def head_name(bundle: BundleManifest, full: str) -> str:
+    """The name that `adapter_state` gives a tensor of the bundle's head."""
+    return f"{HEAD}{full.removeprefix(str(FAMILIES[bundle.model_type].head))}"
+
+
 def head_state(bundle: BundleManifest, head: Mapping[str, torch.Tensor], like: torch.Tensor) -> dict[str, torch.Tensor]:
     """A head as `adapter_state` names its tensors, in memory of its own, of the type and device of `like`."""
-    path = FAMILIES[bundle.model_type].head
-    return {f"{HEAD}{name.removeprefix(str(path))}": tensor.to(like, copy=True) for name, tensor in head.items()}
+    return {head_name(bundle, name): tensor.to(like, copy=True) for name, tensor in head.items()}

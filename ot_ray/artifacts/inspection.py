@@ -1,7 +1,7 @@
 """What comes back from a customer is data from outside: everything is checked before it is loaded.
 
-All reasons to refuse are collected, so that a customer mends them in one go. Whether a sound adapter is a
-good one is left to evaluation."""
+All reasons to refuse are collected, so that a customer mends them in one go. How far tensors may move is left to
+changes.py, and whether a sound adapter is a good one to evaluation."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from ot_ray.artifacts.adapter import ADAPTER_FILES
 from ot_ray.artifacts.adapter_tensors import Shapes, like, plain_shapes, short_name
+from ot_ray.artifacts.changes import ChangeLimits, rejected
 from ot_ray.artifacts.checkpoint import DTYPES
 from ot_ray.artifacts.folder import check_files, list_files
 from ot_ray.artifacts.head import HEAD_WEIGHTS, head_files, head_shapes, head_state, wrong_classes
@@ -29,7 +30,7 @@ from ot_ray.artifacts.manifest import MANIFEST, AdapterManifest, BundleManifest,
 from ot_ray.artifacts.safetensors_header import HeaderTensor, read_header
 from ot_ray.artifacts.strict_json import read_json
 from ot_ray.config import Config
-from ot_ray.errors import AdapterRejectedError, ArtifactError
+from ot_ray.errors import ArtifactError
 from ot_ray.model.head import is_head
 
 _TORCH = {text: dtype for dtype, text in DTYPES.items()}
@@ -37,7 +38,7 @@ _MOST_REASONS = 20  # of one kind; a file of a million wrong names must not make
 
 
 class InspectionLimits(Config):
-    """How large a returned adapter may be."""
+    """How large a returned adapter may be, and how far from the original."""
 
     max_bytes: int = Field(default=8 * 1024**3, ge=1)
     """All files together, bytes."""
@@ -47,6 +48,8 @@ class InspectionLimits(Config):
     """Width of bottlenecks."""
     max_classes: int = Field(default=25_000, ge=2)
     """Classes of an image model's head."""
+    changes: ChangeLimits = ChangeLimits()
+    """How far each tensor may move, once merged."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def inspect_adapter(
     inspection = _Inspection(Path(folder), bundle, limits or InspectionLimits())
     adapter = inspection.run()
     if adapter is None or inspection.reasons:
-        raise AdapterRejectedError("the adapter is rejected: " + "; ".join(inspection.reasons))
+        raise rejected(inspection.reasons)
     return adapter
 
 
@@ -107,10 +110,8 @@ def plain_state(adapter: InspectedAdapter, original: Mapping[str, torch.Tensor])
         state |= head_state(bundle, adapter.head, next(iter(heads.values())))
     broken = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
-        raise AdapterRejectedError(
-            "the adapter is rejected: these tensors are not finite once merged in the model's dtype: "
-            + ", ".join(broken[:_MOST_REASONS])
-        )
+        names_of = ", ".join(broken[:_MOST_REASONS])
+        raise rejected([f"these tensors are not finite once merged in the model's dtype: {names_of}"])
     return state
 
 

@@ -1,12 +1,12 @@
-"""An append-only journal in a store: which plug-in is current, and which were before.
+"""An append-only journal in a store: which ids are in service, and which of them is current.
 
 Entries are created once under rising numbers, so racing writers queue up and no entry is ever lost. What
-an id stands for is left to registry.py."""
+an id stands for is left to registry.py and releases.py."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import AwareDatetime
 
@@ -20,11 +20,20 @@ _ATTEMPTS = 32  # each lost race means that another writer's entry was added
 
 
 class JournalEntry(Config):
-    """One change; `model_id` is what became current, or, for `withdraw`, what ceased to be."""
+    """One change; `model_id` is what became current, or, for `withdraw`, what went out of service."""
 
     action: Literal["promote", "rollback", "withdraw"]
     model_id: str
     at: AwareDatetime
+
+
+class Standing(NamedTuple):
+    """What a journal says in the end."""
+
+    served: list[str]
+    """Ids that were promoted and neither withdrawn nor rolled back, in the order of their last promotion."""
+    current: str | None
+    """The one of them that is current; None before the first promotion, and after the current one was withdrawn."""
 
 
 class Journal:
@@ -35,48 +44,55 @@ class Journal:
 
     def entries(self) -> list[JournalEntry]:
         """All entries, oldest first."""
-        return [parse_json(JournalEntry, self._store.read(key), key) for key in self._store.list(self._prefix)]
+        return [self._read(key) for key in self._store.list(self._prefix)]
 
     def current(self) -> str | None:
-        """The current id: the last entry alone says it."""
-        keys = list(self._store.list(self._prefix))
-        if not keys:
-            return None
-        entry = parse_json(JournalEntry, self._store.read(keys[-1]), keys[-1])
-        return None if entry.action == "withdraw" else entry.model_id
+        """The current id: the last promotion or rollback says it, unless that id was withdrawn since."""
+        withdrawn: set[str] = set()
+        for key in reversed(list(self._store.list(self._prefix))):
+            entry = self._read(key)
+            if entry.action != "withdraw":
+                return None if entry.model_id in withdrawn else entry.model_id
+            withdrawn.add(entry.model_id)
+        return None
+
+    def standing(self) -> Standing:
+        """What is in service, and what of it is current."""
+        return _replay(self.entries())
 
     def promote(self, model_id: str) -> None:
-        """Make an id current; nothing is written if it is."""
+        """Make an id current; those promoted before stay in service. Nothing is written if it is current."""
+        self._append(lambda standing: None if standing.current == model_id else ("promote", model_id))
 
-        def change(earlier: list[str], current: str | None) -> tuple[str, str] | None:
-            return None if current == model_id else ("promote", model_id)
+    def withdraw(self, model_id: str) -> None:
+        """Take an id out of service; where it was current, nothing is. Raises NotFoundError if it is not in service."""
+
+        def change(standing: Standing) -> tuple[str, str]:
+            if model_id not in standing.served:
+                raise NotFoundError(f"{self._prefix}: {model_id} is not in service, so it cannot be withdrawn")
+            return "withdraw", model_id
 
         self._append(change)
 
-    def withdraw(self) -> str:
-        """Leave nothing current. Returns the id that was; raises NotFoundError if none was."""
-
-        def change(earlier: list[str], current: str | None) -> tuple[str, str]:
-            if current is None:
-                raise NotFoundError(f"{self._prefix}: nothing is current, so nothing can be withdrawn")
-            return "withdraw", current
-
-        return self._append(change)
-
     def rollback(self) -> str:
-        """Make current again what was before. Returns that id; raises NotFoundError if there is none."""
+        """Take the current id out of service and make current the one before; where the current one was withdrawn
+        already, only the latter. Returns that id; raises NotFoundError if there is none."""
 
-        def change(earlier: list[str], current: str | None) -> tuple[str, str]:
+        def change(standing: Standing) -> tuple[str, str]:
+            earlier = [model_id for model_id in standing.served if model_id != standing.current]
             if not earlier:
                 raise NotFoundError(f"{self._prefix}: no earlier version to roll back to; promote one by its id")
             return "rollback", earlier[-1]
 
         return self._append(change)
 
-    def _append(self, change: Callable[[list[str], str | None], tuple[str, str] | None]) -> str:
+    def _read(self, key: str) -> JournalEntry:
+        return parse_json(JournalEntry, self._store.read(key), key)
+
+    def _append(self, change: Callable[[Standing], tuple[str, str] | None]) -> str:
         for _ in range(_ATTEMPTS):
             entries = self.entries()
-            wanted = change(*_replay(entries))
+            wanted = change(_replay(entries))
             if wanted is None:
                 return ""
             entry = JournalEntry(action=wanted[0], model_id=wanted[1], at=now())  # type: ignore[arg-type]
@@ -88,16 +104,15 @@ class Journal:
         raise StoreError(f"{self._prefix}: {_ATTEMPTS} other writers came first; try again")
 
 
-def _replay(entries: list[JournalEntry]) -> tuple[list[str], str | None]:
-    """What was current earlier, oldest first, and what is current now."""
-    earlier: list[str] = []
+def _replay(entries: list[JournalEntry]) -> Standing:
+    served: list[str] = []
     current: str | None = None
     for entry in entries:
-        if entry.action == "promote":
-            earlier += [current] if current else []
+        gone = {entry.model_id, current} if entry.action == "rollback" else {entry.model_id}
+        served = [model_id for model_id in served if model_id not in gone]
+        if entry.action != "withdraw":
+            served.append(entry.model_id)
             current = entry.model_id
-        elif entry.action == "rollback":
-            current = earlier.pop()
-        else:
+        elif entry.model_id == current:
             current = None
-    return earlier, current
+    return Standing(served, current)

@@ -1,13 +1,15 @@
-"""Promoted plug-ins in a store: adapters that never change, and a journal of which one is current.
+"""Promoted plug-ins in a store: adapters that never change, and journals of which are in service.
 
 Building a model from an adapter is left to the caller; journals are in journal.py."""
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -27,6 +29,7 @@ from ot_ray.artifacts.manifest import (
     schema_version,
     to_text,
 )
+from ot_ray.artifacts.publication import checked_name
 from ot_ray.artifacts.strict_json import parse_json
 from ot_ray.config import Config
 from ot_ray.errors import AlreadyExistsError, ArtifactError, NotFoundError
@@ -34,19 +37,28 @@ from ot_ray.model import SplitPlan
 from ot_ray.store import Store
 
 _ROOT, _RECORD, _WEIGHTS = "plug_ins", "record.json", "adapter.safetensors"
-_MODEL_ID = re.compile(rf"ft:({NAME_PATTERN}):({NAME_PATTERN}):({NAME_PATTERN}):([0-9a-f]{{12}})")
+_ALIAS = re.compile(rf"ft:({NAME_PATTERN}):({NAME_PATTERN}):({NAME_PATTERN})")
+_MODEL_ID = re.compile(rf"{_ALIAS.pattern}:([0-9a-f]{{12}})")
+
+_log = logging.getLogger(__name__)
 
 
 class ModelId(NamedTuple):
-    """The parts of ``ft:<model>:<tenant>:<suffix>:<id>``."""
+    """The parts of ``ft:<model>:<tenant>:<suffix>:<id>``, or of an alias, ``ft:<model>:<tenant>:<suffix>``."""
 
     model: str
     tenant: str
     suffix: str
     id: str
+    """Empty in an alias."""
 
     def __str__(self) -> str:
-        return f"ft:{self.model}:{self.tenant}:{self.suffix}:{self.id}"
+        return f"{self.alias}:{self.id}" if self.id else self.alias
+
+    @property
+    def alias(self) -> str:
+        """The name under which the current version of the suffix answers."""
+        return f"ft:{self.model}:{self.tenant}:{self.suffix}"
 
 
 def parse_model_id(text: str) -> ModelId:
@@ -62,6 +74,17 @@ def parse_model_id(text: str) -> ModelId:
             f"{NAME_PATTERN} and the id 12 hexadecimal digits"
         )
     return ModelId(*match.groups())
+
+
+def parse_model_name(text: str) -> ModelId:
+    """Take the name of a plug-in model apart, be it an id or an alias.
+
+    Raises:
+        ArtifactError: it is neither ``ft:<model>:<tenant>:<suffix>:<12 hexadecimal digits>`` nor
+            ``ft:<model>:<tenant>:<suffix>``.
+    """
+    match = _ALIAS.fullmatch(text)
+    return ModelId(*match.groups(), id="") if match else parse_model_id(text)
 
 
 class PlugInRecord(Config):
@@ -88,7 +111,8 @@ class PlugInRecord(Config):
 class Registry:
     """Plug-ins of all tenants, under `plug_ins/<model>/<tenant>/<suffix>/` of a store.
 
-    Each suffix has versions, of which at most one is current. Adding a version does not promote it.
+    Each suffix has versions. Those that were promoted, and neither withdrawn nor rolled back, are in service under
+    their ids; at most one of them is current, and answers to the suffix's alias too. Adding does not promote.
     """
 
     def __init__(self, store: Store) -> None:
@@ -134,7 +158,7 @@ class Registry:
                 created=now(),
             )
             # A known id keeps its file: it may be serving.
-            if not self._store.exists(_key(parts, _RECORD)):
+            if not all(self._store.exists(_key(parts, name)) for name in (_RECORD, _WEIGHTS)):
                 self._store.upload(path, _key(parts, _WEIGHTS))
         try:
             self._store.create(_key(parts, _RECORD), to_text(record))
@@ -173,28 +197,96 @@ class Registry:
             # Copies, because loaded tensors may be views of the file.
             return {name: tensor.clone() for name, tensor in load_file(path).items()}
 
-    def promote(self, model_id: str) -> None:
-        """Make a plug-in the current one of its suffix; promoting the current one changes nothing.
+    def served(self, model: str, tenant: str | None = None) -> list[PlugInRecord]:
+        """The plug-ins in service for a base model, of one tenant or of all, sorted by id.
+
+        One whose record cannot be read is left out and logged, so that it harms nobody else's.
 
         Raises:
-            NotFoundError: no such plug-in.
+            ArtifactError: `model` or `tenant` is no name.
+        """
+        place = f"{_ROOT}/{checked_name('model', model)}"
+        if tenant is not None:
+            place += f"/{checked_name('tenant', tenant)}"
+        ids = (model_id for journal in self._journals(place) for model_id in journal.standing().served)
+        return [record for record in map(self._readable, sorted(ids)) if record is not None]
+
+    def resolve(self, name: str) -> PlugInRecord:
+        """The plug-in in service under an id, or the current one under an alias.
+
+        Raises:
+            NotFoundError: the name is no plug-in's, or nothing is in service under it.
+            ArtifactError: the stored record is malformed.
+        """
+        try:
+            parts = parse_model_name(name)
+        except ArtifactError as error:
+            raise NotFoundError(str(error)) from None
+        served, current = self._journal(parts).standing()
+        model_id = current if not parts.id else name if name in served else None
+        if model_id is None:
+            raise NotFoundError(f"no plug-in is in service as {name}; promote one")
+        return self.get(model_id)
+
+    def promote(self, model_id: str) -> None:
+        """Make a plug-in the current one of its suffix; those promoted before stay in service under their ids.
+
+        Promoting the current one changes nothing.
+
+        Raises:
+            NotFoundError: no such plug-in, or it was removed meanwhile; it is not in service then.
         """
         self.get(model_id)
-        self._journal(parse_model_id(model_id)).promote(model_id)
+        parts = parse_model_id(model_id)
+        if not self._store.exists(_key(parts, _WEIGHTS)):
+            raise NotFoundError(f"{model_id} has lost its tensors; add it again")
+        journal = self._journal(parts)
+        journal.promote(model_id)
+        try:
+            self.get(model_id)
+        except NotFoundError:
+            # `remove` looks at the journal after it took the record, so that one of both sees the other.
+            with suppress(NotFoundError):
+                journal.withdraw(model_id)
+            raise
 
-    def withdraw(self, model: str, tenant: str, suffix: str) -> str:
-        """Take the current plug-in out of service, with nothing in its place.
-
-        Returns:
-            The id of what was withdrawn.
+    def withdraw(self, model_id: str) -> None:
+        """Take a plug-in out of service; if it was the current one, the alias names nothing until a promotion or a
+        rollback.
 
         Raises:
-            NotFoundError: nothing is current.
+            NotFoundError: it is not in service.
+            ArtifactError: the id is malformed.
         """
-        return self._journal(_checked(model, tenant, suffix)).withdraw()
+        self._journal(parse_model_id(model_id)).withdraw(model_id)
+
+    def remove(self, model_id: str) -> bool:
+        """Delete a plug-in that is not in service: never promoted, withdrawn or rolled back. It may be added again.
+
+        Returns:
+            Whether it is gone; False if it is in service, which changes nothing.
+
+        Raises:
+            ArtifactError: the id is malformed.
+        """
+        parts = parse_model_id(model_id)
+        journal = self._journal(parts)
+        if model_id in journal.standing().served:
+            return False
+        try:
+            record = self._store.read(_key(parts, _RECORD))
+        except NotFoundError:
+            record = None
+        self._store.delete(_key(parts, _RECORD))
+        if record is not None and model_id in journal.standing().served:
+            self._store.write(_key(parts, _RECORD), record)
+            return False
+        self._store.delete(_key(parts, _WEIGHTS))
+        return True
 
     def rollback(self, model: str, tenant: str, suffix: str) -> PlugInRecord:
-        """Promote the version that was current before the current (or the withdrawn) one.
+        """Take the current version out of service, and make current the one promoted before it (where the current one
+        was withdrawn, the one that was promoted last of those in service).
 
         Raises:
             NotFoundError: there is none.
@@ -203,10 +295,20 @@ class Registry:
 
     def current(self) -> list[PlugInRecord]:
         """The current plug-in of every suffix that has one, sorted by id."""
-        folders = (key.rpartition("/")[0] for key in self._store.list(_ROOT))
-        places = sorted({place for place in folders if place.endswith("/journal") and place.count("/") == 4})
-        ids = (Journal(self._store, place).current() for place in places)
+        ids = (journal.current() for journal in self._journals(_ROOT))
         return [self.get(model_id) for model_id in sorted(filter(None, ids))]
+
+    def _readable(self, model_id: str) -> PlugInRecord | None:
+        try:
+            return self.get(model_id)
+        except (ArtifactError, NotFoundError):
+            _log.exception("plug-in %s is in service, but its record cannot be read", model_id)
+            return None
+
+    def _journals(self, prefix: str) -> Iterator[Journal]:
+        folders = (key.rpartition("/")[0] for key in self._store.list(prefix))
+        places = sorted({place for place in folders if place.endswith("/journal") and place.count("/") == 4})
+        return (Journal(self._store, place) for place in places)
 
     def _journal(self, parts: ModelId) -> Journal:
         return Journal(self._store, f"{_place(parts)}/journal")

@@ -29,12 +29,18 @@ class BundleSource(Config):
 
     @model_validator(mode="after")
     def _one_or_the_other(self) -> BundleSource:
+        if self._elsewhere():
+            return self
         published = (self.store, self.model, self.version)
         if (self.folder is None) == all(part is None for part in published):
             raise ValueError("name a folder, or a store with model and version")
         if self.folder is None and (self.store is None or self.model is None):
             raise ValueError("a bundle in a store needs both store and model")
         return self
+
+    def _elsewhere(self) -> bool:
+        """Whether a subclass's own field names the bundle."""
+        return False
 
     def open(self, cache: Path) -> Bundle:
         """Open the bundle, verified; one from a store is downloaded into `cache`, a folder not yet there.

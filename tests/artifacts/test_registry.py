@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from ot_ray.artifacts import PlugInRecord, Registry, parse_model_id
+from ot_ray.artifacts import PlugInRecord, Registry, parse_model_id, parse_model_name
 from ot_ray.errors import ArtifactError, NotFoundError, StoreError
 from ot_ray.model import SplitPlan
 from ot_ray.store import LocalStore
@@ -109,16 +111,168 @@ def test_promoting_again_is_no_step(registry: Registry, store: LocalStore) -> No
     assert len([key for key in store.list() if "/journal/" in key]) == 3
 
 
-def test_withdrawn_leaves_nothing_and_rollback_skips_it(registry: Registry) -> None:
+def served(registry: Registry, *where: str) -> list[str]:
+    return [record.model_id for record in registry.served(*(where or ("opt",)))]
+
+
+def test_the_withdrawn_current_leaves_the_alias_empty_and_rollback_skips_it(registry: Registry) -> None:
     one, two = add(registry, 1.0), add(registry, 2.0)
     registry.promote(one.model_id)
     registry.promote(two.model_id)
-    assert registry.withdraw(*WHERE) == two.model_id
+    registry.withdraw(two.model_id)
     assert current(registry) == []
-    with pytest.raises(NotFoundError, match="nothing is current"):
-        registry.withdraw(*WHERE)
+    assert served(registry) == [one.model_id]
+    with pytest.raises(NotFoundError, match="no plug-in is in service as ft:opt:acme:support"):
+        registry.resolve("ft:opt:acme:support")
+    with pytest.raises(NotFoundError, match="is not in service"):
+        registry.withdraw(two.model_id)
     assert registry.rollback(*WHERE) == one
     assert current(registry) == [one.model_id]
+    assert registry.resolve("ft:opt:acme:support") == one
+
+
+def test_every_promoted_version_answers_to_its_id_and_the_last_to_the_alias(registry: Registry) -> None:
+    one, two, three = (add(registry, value) for value in (1.0, 2.0, 3.0))
+    for record in (one, two):
+        registry.promote(record.model_id)
+    assert served(registry) == sorted([one.model_id, two.model_id])
+    assert [registry.resolve(record.model_id) for record in (one, two)] == [one, two]
+    assert registry.resolve("ft:opt:acme:support") == two
+    with pytest.raises(NotFoundError, match=three.model_id):
+        registry.resolve(three.model_id)
+
+
+def test_a_withdrawn_older_version_leaves_the_current_one(registry: Registry) -> None:
+    one, two, three = (add(registry, value) for value in (1.0, 2.0, 3.0))
+    for record in (one, two, three):
+        registry.promote(record.model_id)
+    registry.withdraw(two.model_id)
+    assert current(registry) == [three.model_id]
+    assert served(registry) == sorted([one.model_id, three.model_id])
+    with pytest.raises(NotFoundError, match=two.model_id):
+        registry.resolve(two.model_id)
+    assert registry.rollback(*WHERE) == one
+    assert served(registry) == [one.model_id]
+
+
+def test_what_was_rolled_back_or_withdrawn_is_served_again_once_promoted(registry: Registry) -> None:
+    one, two = add(registry, 1.0), add(registry, 2.0)
+    for record in (one, two):
+        registry.promote(record.model_id)
+    registry.rollback(*WHERE)
+    assert served(registry) == [one.model_id]
+    registry.promote(two.model_id)
+    registry.withdraw(one.model_id)
+    registry.promote(one.model_id)
+    assert served(registry) == sorted([one.model_id, two.model_id])
+    assert registry.resolve("ft:opt:acme:support") == one
+    assert registry.rollback(*WHERE) == two
+
+
+def test_what_is_not_in_service_can_be_removed_and_added_again(registry: Registry, store: LocalStore) -> None:
+    never, kept, gone = (add(registry, value).model_id for value in (1.0, 2.0, 3.0))
+    for model_id in (gone, kept):
+        registry.promote(model_id)
+    registry.withdraw(gone)
+    assert [registry.remove(model_id) for model_id in (never, kept, gone)] == [True, False, True]
+    assert served(registry) == [kept]
+    assert len([key for key in store.list() if key.endswith(".safetensors")]) == 1
+    for call in (registry.get, registry.promote):
+        with pytest.raises(NotFoundError, match=never):
+            call(never)
+    assert registry.remove(never)
+    assert add(registry, 1.0).model_id == never
+    registry.promote(never)
+    assert registry.load_state(never).keys() == state(1.0).keys()
+
+
+class _Meddling(LocalStore):
+    """Does something once, before it deletes or creates the first key that ends like this."""
+
+    then: Callable[[], object] | None = None
+    before = ""
+
+    def delete(self, key: str) -> None:
+        self._meddle(key)
+        super().delete(key)
+
+    def create(self, key: str, data: bytes) -> None:
+        self._meddle(key)
+        super().create(key, data)
+
+    def _meddle(self, key: str) -> None:
+        if self.then is not None and key.endswith(self.before):
+            then, self.then = self.then, None
+            then()
+
+
+def test_a_promotion_and_a_removal_at_the_same_time(tmp_path: Path) -> None:
+    store = _Meddling(tmp_path / "store")
+    registry = Registry(store)
+    one, two = (add(registry, value).model_id for value in (1.0, 2.0))
+    # The promotion was there before the record went: the model stays.
+    store.before, store.then = "record.json", lambda: registry.promote(one)
+    assert not registry.remove(one)
+    assert served(registry) == [one] and registry.load_state(one)
+    # The removal came before the journal's entry: the model is not in service.
+    store.before, store.then = "000002.json", lambda: registry.remove(two)
+    with pytest.raises(NotFoundError, match=two):
+        registry.promote(two)
+    assert served(registry) == [one]
+
+
+def test_a_plug_in_that_lost_its_tensors_is_mended_by_adding_it(registry: Registry, store: LocalStore) -> None:
+    record = add(registry, 1.0)
+    store.delete(f"plug_ins/opt/acme/support/{record.sha256[:12]}/adapter.safetensors")
+    with pytest.raises(NotFoundError, match="add it again"):
+        registry.promote(record.model_id)
+    assert add(registry, 1.0) == record
+    registry.promote(record.model_id)
+    assert registry.load_state(record.model_id)
+
+
+def test_served_is_by_model_and_tenant(registry: Registry) -> None:
+    places = [WHERE, ("opt", "acme", "sales"), ("opt", "acme2", "support"), ("opt-2", "acme", "support")]
+    records = [add(registry, float(number), where) for number, where in enumerate(places)]
+    for record in records:
+        registry.promote(record.model_id)
+    ids = [record.model_id for record in records]
+    assert served(registry, "opt", "acme") == sorted(ids[:2])
+    assert served(registry, "opt") == sorted(ids[:3])
+    assert served(registry, "opt-2") == ids[3:]
+    assert served(registry, "nothing") == []
+    for where in (("../opt",), ("opt", "a/b")):
+        with pytest.raises(ArtifactError, match="is no name"):
+            registry.served(*where)
+
+
+def test_a_broken_record_harms_no_other(registry: Registry, store: LocalStore) -> None:
+    one, two = add(registry, 1.0), add(registry, 2.0, ("opt", "zeta", "support"))
+    for record in (one, two):
+        registry.promote(record.model_id)
+    store.write(f"plug_ins/opt/acme/support/{one.sha256[:12]}/record.json", b"{")
+    assert served(registry) == [two.model_id]
+    with pytest.raises(ArtifactError):
+        registry.resolve(one.model_id)
+
+
+def test_a_journal_from_before_several_versions_were_served(registry: Registry, store: LocalStore) -> None:
+    one, two, three = (add(registry, value).model_id for value in (1.0, 2.0, 3.0))
+    story = [("promote", one), ("promote", two), ("promote", one), ("rollback", two), ("rollback", one)]
+    story += [("promote", three), ("withdraw", three)]
+    expected = [one, two, one, two, one, three, None]
+    for number, ((action, model_id), now) in enumerate(zip(story, expected, strict=True), 1):
+        entry = {"action": action, "model_id": model_id, "at": "2026-01-01T00:00:00Z"}
+        store.create(f"plug_ins/opt/acme/support/journal/{number:06d}.json", json.dumps(entry).encode())
+        assert current(registry) == ([now] if now else [])
+    assert served(registry) == [one]
+    assert registry.rollback(*WHERE).model_id == one
+
+
+@pytest.mark.parametrize("name", ["opt", "ft:opt:acme", "ft:opt:acme:support:", "ft:opt:acme:support:x", "", "ft:::"])
+def test_names_that_are_no_plug_in_s_are_not_found(registry: Registry, name: str) -> None:
+    with pytest.raises(NotFoundError, match="model id is"):
+        registry.resolve(name)
 
 
 def test_rollback_without_history(registry: Registry) -> None:
@@ -190,6 +344,10 @@ def test_id_and_its_parts() -> None:
     parts = parse_model_id("ft:opt-6.7b:acme:v_1:0123456789ab")
     assert parts == ("opt-6.7b", "acme", "v_1", "0123456789ab")
     assert str(parts) == "ft:opt-6.7b:acme:v_1:0123456789ab"
+    assert parts.alias == "ft:opt-6.7b:acme:v_1"
+    alias = parse_model_name(parts.alias)
+    assert (alias, str(alias)) == (parts._replace(id=""), parts.alias)
+    assert parse_model_name(str(parts)) == parts
 
 
 @pytest.mark.parametrize("where", [("a/b", "t", "s"), ("m", "..", "s"), ("m", "t", "")])
