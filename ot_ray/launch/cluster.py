@@ -192,3 +192,22 @@ def _address() -> ClusterAddress:
     worker = ray._private.worker.global_worker  # type: ignore[attr-defined]
     url = worker.node.webui_url if worker.node is not None else None
     return ClusterAddress(context.gcs_address, f"http://{url}" if url else None)
+
+
+def own_cluster() -> ClusterAddress:
+    """Addresses of the cluster that this process, a worker perhaps, belongs to.
+
+    Raises:
+        LaunchError: it belongs to none.
+    """
+    import ray
+    from ray.dashboard.utils import ray_address_to_api_server_url
+
+    if not ray.is_initialized():
+        raise LaunchError("this process belongs to no Ray cluster; connect to one first")
+    address = ray.get_runtime_context().gcs_address
+    try:
+        url = ray_address_to_api_server_url(address)
+    except ValueError:
+        url = ""
+    return ClusterAddress(address, url if url.removeprefix("http://") else None)

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
+import re
 import shlex
 import threading
 import time
@@ -14,16 +16,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ot_ray.errors import LaunchError
+from ot_ray.errors import AlreadyExistsError, LaunchError, NotFoundError, OTRayError
+from ot_ray.launch.devices import gpu_visibility
+from ot_ray.launch.job_start import start_command
 
 DONE = {"succeeded", "failed", "stopped"}
 _STOP_SECONDS = 10.0
 _AGENT_SECONDS = 60.0
+_ANSWER_SECONDS = 120.0
+# Ray gives a job up that was not placed for some minutes (RAY_JOB_START_TIMEOUT_SECONDS of its head).
+_NO_ROOM = "JOB_SUPERVISOR_ACTOR_START_TIMEOUT"
+_UNKNOWN, _KNOWN = re.compile(r"Job \S+ does not exist"), re.compile(r"submission_id \S+ already exists")
 
 
 @dataclass(frozen=True)
 class JobSpec:
-    """One job: a command with its resources. Environment variables appear in job records: no secrets."""
+    """One job: a command with its resources.
+
+    It sees nothing of the surroundings' secrets. Environment variables appear in job records, so none belong there
+    either; what a job needs of them stands in a file of its working folder.
+    """
 
     job_id: str
     """Also the idempotency key: a second submission of it is refused."""
@@ -33,22 +45,44 @@ class JobSpec:
     environment: Mapping[str, str] = field(default_factory=dict)
     cpus: float = 1.0
     gpus: float = 0.0
+    """A job that asks for none sees none."""
     memory_bytes: int | None = None
+    time_limit_s: float | None = None
+    """Wall-clock seconds after which the command is ended; the job has then failed."""
+    joins_ray: bool = True
+    """Whether the command may join the cluster that it runs on; one that may not is not told where it is."""
 
 
 class JobLauncher(Protocol):
     """Starts, watches and stops jobs."""
 
     def submit(self, spec: JobSpec) -> str:
-        """Start a job, return its id. Raises LaunchError if it is refused or the id was used before."""
+        """Start a job, return its id. What the working folder holds is taken before this returns.
+
+        Raises:
+            AlreadyExistsError: the id was used before; that job is there, whatever became of it.
+            LaunchError: the job was refused, or the launcher does not answer.
+        """
         ...
 
     def status(self, job_id: str) -> str:
-        """`pending`, `running`, `succeeded`, `failed` or `stopped`."""
+        """`pending`, `running`, `succeeded`, `failed` or `stopped`.
+
+        Raises:
+            NotFoundError: no such job is known, as after a cluster's head was lost; so do the methods below.
+            LaunchError: the launcher does not answer.
+        """
         ...
 
     def message(self, job_id: str) -> str:
         """Why the job is in its state, in words."""
+        ...
+
+    def found_no_room(self, job_id: str) -> bool:
+        """Whether a job failed before its command began, because the cluster had no room for it in time.
+
+        The same work may be submitted again, under another id.
+        """
         ...
 
     def logs(self, job_id: str) -> AsyncIterator[str]:
@@ -59,34 +93,60 @@ class JobLauncher(Protocol):
         """Stop a job and wait until its process is gone; a job that is done is no error."""
         ...
 
+    def forget(self, job_id: str) -> None:
+        """Drop what is kept of a job that is done, beside how it ended; its id stays used."""
+        ...
+
 
 class RayJobLauncher:
-    """The Ray Jobs API at a dashboard's address."""
+    """The Ray Jobs API at a dashboard's address.
 
-    def __init__(self, address: str) -> None:
+    A command is started by job_start.py, with the Python of its own first word where that is one.
+
+    Args:
+        address: of the dashboard, `http://host:port`.
+        ray_address: of the same cluster, `host:port`, for jobs that join it. On a machine with several clusters Ray
+            itself may tell them another.
+
+    Raises:
+        LaunchError: nothing answers there.
+    """
+
+    def __init__(self, address: str, ray_address: str | None = None) -> None:
         # Ray chooses its authentication when imported: after `ray_cluster` has said which.
         from ray.job_submission import JobSubmissionClient
 
         # They tell of every package they upload and every connection they close.
         for module in ("dashboard_sdk", "job.sdk"):
             logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
+        self._ray_address = ray_address
         try:
             self._client = JobSubmissionClient(address)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise LaunchError(
                 f"the Ray Jobs API at {address} does not answer: {_last_line(error)}; check the address"
             ) from None
+        # Its own requests wait for ever.
+        self._client._do_request = functools.partial(self._client._do_request, timeout=_ANSWER_SECONDS)
 
     def submit(self, spec: JobSpec) -> str:
         environment: dict[str, Any] = {"env_vars": dict(spec.environment)}
         if spec.working_dir:
             environment["working_dir"] = spec.working_dir
+        command = start_command(
+            spec.command,
+            given=spec.environment,
+            # Not by `env_vars`, which the job's own Ray tasks would inherit.
+            fixed=gpu_visibility({"GPU": spec.gpus}) | self._address_for(spec),
+            joins_ray=spec.joins_ray,
+            time_limit_s=spec.time_limit_s,
+        )
         deadline = time.monotonic() + _AGENT_SECONDS
         while True:
             try:
                 with self._refusals(f"job {spec.job_id} was not accepted"):
                     return self._client.submit_job(
-                        entrypoint=shlex.join(spec.command),
+                        entrypoint=shlex.join(command),
                         submission_id=spec.job_id,
                         runtime_env=environment,
                         entrypoint_num_cpus=spec.cpus,
@@ -107,6 +167,10 @@ class RayJobLauncher:
         with self._refusals(f"job {job_id} cannot be looked at"):
             return self._client.get_job_info(job_id).message or ""
 
+    def found_no_room(self, job_id: str) -> bool:
+        with self._refusals(f"job {job_id} cannot be looked at"):
+            return self._client.get_job_info(job_id).error_type == _NO_ROOM
+
     def logs(self, job_id: str) -> AsyncIterator[str]:
         return self._client.tail_job_logs(job_id)
 
@@ -121,13 +185,23 @@ class RayJobLauncher:
                 )
             time.sleep(0.2)
 
+    def forget(self, job_id: str) -> None:
+        """See `JobLauncher`. Ray keeps a small record of each job, without which an id could be used again."""
+        self.status(job_id)
+
+    def _address_for(self, spec: JobSpec) -> dict[str, str]:
+        return {"RAY_ADDRESS": self._ray_address} if spec.joins_ray and self._ray_address is not None else {}
+
     @staticmethod
     @contextmanager
     def _refusals(task: str) -> Iterator[None]:
         try:
             yield
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise LaunchError(f"{task}: {_last_line(error)}") from None
+        except (OSError, RuntimeError, ValueError) as error:
+            if isinstance(error, OTRayError):
+                raise
+            reason = _last_line(error)
+            raise _kind(reason)(f"{task}: {reason}") from None
 
 
 def wait_for_job(launcher: JobLauncher, job_id: str, show: Callable[[str], None]) -> None:
@@ -172,6 +246,13 @@ def _stop_if_it_can(launcher: JobLauncher, job_id: str, show: Callable[[str], No
     thread.join(_STOP_SECONDS)
     if not stopped:
         show(f"job {job_id} could not be stopped and ends with its cluster; if that goes on: ray job stop {job_id}")
+
+
+def _kind(reason: str) -> type[OTRayError]:
+    # Ray tells these apart in words only.
+    if _KNOWN.search(reason):
+        return AlreadyExistsError
+    return NotFoundError if _UNKNOWN.search(reason) else LaunchError
 
 
 def _last_line(error: Exception) -> str:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
+import ray
 
-from ot_ray.errors import LaunchError
+from ot_ray.errors import AlreadyExistsError, LaunchError, NotFoundError
 from ot_ray.launch import JobSpec, RayJobLauncher, wait_for_job
+from ot_ray.launch.cluster import ClusterAddress
 from tests.fixtures.s3 import free_port
 
 pytestmark = pytest.mark.slow
@@ -46,14 +50,37 @@ def _pid(path: Path) -> int:
     raise TimeoutError("the job did not start")
 
 
-def test_a_job_gets_its_folder_and_its_environment(job_launcher: RayJobLauncher, tmp_path: Path) -> None:
-    (tmp_path / "mine.txt").write_text("shipped")
+def test_a_job_gets_its_folder_its_environment_and_its_own_cluster(
+    job_launcher: RayJobLauncher, local_ray: ClusterAddress, tmp_path: Path
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/mine.txt").write_text("shipped")
     code = "import os, sys; print(os.environ['COLOUR'], open('mine.txt').read(), sys.argv[1:], sorted(os.listdir()))"
-    spec = _spec(code, "two words", "$HOME", working_dir=str(tmp_path), environment={"COLOUR": "blue"}, cpus=0.5)
+    code += f"; import json; json.dump(dict(os.environ), open({str(tmp_path / 'seen.json')!r}, 'w'))"
+    given = {"COLOUR": "blue", "MY_KEY": "given"}
+    spec = _spec(code, "two words", "$HOME", working_dir=str(tmp_path / "mine"), environment=given, cpus=0.5)
     shown: list[str] = []
     wait_for_job(job_launcher, job_launcher.submit(spec), shown.append)
     assert "blue shipped ['two words', '$HOME'] ['mine.txt']" in "".join(shown)
     assert job_launcher.status(spec.job_id) == "succeeded"
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert seen["RAY_ADDRESS"] == local_ray.ray
+    assert seen["CUDA_VISIBLE_DEVICES"] == ""
+    assert seen["MY_KEY"] == "given"
+    assert "not-for-jobs" not in json.dumps(seen)
+
+
+def test_a_job_that_needs_no_ray_finds_none_and_its_time_ends(job_launcher: RayJobLauncher, tmp_path: Path) -> None:
+    place = tmp_path / "seen.json"
+    code = f"import json, os, time; json.dump(dict(os.environ), open({str(place)!r}, 'w')); time.sleep(3600)"
+    spec = _spec(code, joins_ray=False, time_limit_s=3)
+    job_launcher.submit(spec)
+    with pytest.raises(LaunchError, match="ended as failed"):
+        wait_for_job(job_launcher, spec.job_id, lambda piece: None)
+    if place.exists():
+        seen = json.loads(place.read_text())
+        assert not {"RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_JOB_CONFIG_JSON_ENV_VAR", "SERVICE_PASSWORD"} & seen.keys()
+        assert "not-for-jobs" not in place.read_text()
 
 
 def test_a_failed_job_says_why(job_launcher: RayJobLauncher) -> None:
@@ -67,7 +94,7 @@ def test_a_failed_job_says_why(job_launcher: RayJobLauncher) -> None:
 def test_an_id_is_used_once(job_launcher: RayJobLauncher) -> None:
     spec = _spec("print('once')")
     job_launcher.submit(spec)
-    with pytest.raises(LaunchError, match=rf"job {spec.job_id} was not accepted: .*already exists") as caught:
+    with pytest.raises(AlreadyExistsError, match=rf"job {spec.job_id} was not accepted: .*already exists") as caught:
         job_launcher.submit(spec)
     assert "Traceback" not in str(caught.value)
     wait_for_job(job_launcher, spec.job_id, lambda piece: None)
@@ -97,10 +124,43 @@ def test_a_wait_that_is_interrupted_stops_the_job(job_launcher: RayJobLauncher, 
 
 def test_unknown_jobs_and_wrong_addresses_are_launch_errors(job_launcher: RayJobLauncher) -> None:
     for ask in (job_launcher.status, job_launcher.message, job_launcher.stop):
-        with pytest.raises(LaunchError, match=r"job nobody-s cannot be .*does not exist"):
+        with pytest.raises(NotFoundError, match=r"job nobody-s cannot be .*does not exist"):
             ask("nobody-s")
     with pytest.raises(LaunchError, match="does not answer"):
         RayJobLauncher(f"http://127.0.0.1:{free_port()}")
+
+
+@pytest.mark.parametrize(
+    ("error", "no_room"),
+    [("JOB_SUPERVISOR_ACTOR_START_TIMEOUT", True), ("JOB_ENTRYPOINT_COMMAND_ERROR", False), (None, False)],
+)
+def test_a_job_that_found_no_room_is_told_from_one_that_failed(error: str | None, no_room: bool) -> None:
+    """By a dashboard in miniature, since a real one waits for a quarter of an hour."""
+    record = {"type": "SUBMISSION", "submission_id": "one", "status": "FAILED", "entrypoint": "x", "error_type": error}
+    version = {"version": "4", "ray_version": ray.__version__, "ray_commit": "", "session_name": ""}
+
+    class Dashboard(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            data = json.dumps(version if self.path == "/api/version" else record).encode()
+            self.send_response(200)
+            self.send_header("content-length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Dashboard)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        launcher = RayJobLauncher(f"http://127.0.0.1:{server.server_address[1]}")
+        assert launcher.status("one") == "failed"
+        assert launcher.found_no_room("one") is no_room
+    finally:
+        server.shutdown()
+        thread.join(90)
+        server.server_close()
 
 
 def test_a_folder_that_is_not_there_is_refused(job_launcher: RayJobLauncher, tmp_path: Path) -> None:
