@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
@@ -24,6 +24,7 @@ def run_command(
     run: Callable[[C], Any],
     arguments: Sequence[str] | None = None,
     default_config: str | None = None,
+    options: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Parse the command line of one verb, run it, print its result as JSON.
 
@@ -34,6 +35,8 @@ def run_command(
         cls: the verb's configuration; its fields are shown by `--help`.
         run: takes the configuration; a mapping that it returns is printed.
         default_config: a YAML file used where `--config` is not given.
+        options: further options `--name VALUE`, each with the settings that it stands for; `{}` in them is the value.
+            Settings that are given by themselves count more.
     """
     parser = _Parser(
         prog=f"python -m jobs.{verb}",
@@ -47,8 +50,13 @@ def run_command(
     switches = [name for name, field in cls.model_fields.items() if field.annotation is bool]
     for name in switches:
         parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=f"the same as {name}=true")
+    for name, settings in (options or {}).items():
+        told = " ".join(setting.format("VALUE") for setting in settings)
+        parser.add_argument(f"--{name}", dest=f"option_{name}", metavar="VALUE", help=f"the same as {told}")
     parsed = parser.parse_intermixed_args(arguments)
-    overrides = [*parsed.overrides, *(f"{name}=true" for name in switches if getattr(parsed, name))]
+    given = {name: getattr(parsed, f"option_{name}") for name in options or {}}
+    meant = [item.format(given[name]) for name, items in (options or {}).items() for item in items if given[name]]
+    overrides = [*meant, *parsed.overrides, *(f"{name}=true" for name in switches if getattr(parsed, name))]
     quiet_libraries()
     try:
         result = run(load(cls, parsed.config, overrides))

@@ -17,7 +17,7 @@ from jobs.command import config_file, run_command
 from jobs.evaluation.config import EvaluateConfig
 from jobs.evaluation.scores import score_settings
 from jobs.images.evaluation import measure_images
-from jobs.limits import require_folder, require_kind, require_length, require_same_model
+from jobs.limits import require_folder, require_kind, require_same_model
 from ot_ray.artifacts import (
     InspectedAdapter,
     ModelSource,
@@ -29,6 +29,7 @@ from ot_ray.artifacts import (
 from ot_ray.data import PackedSequence, load_sequences
 from ot_ray.evaluation import FiveSettings, perplexity
 from ot_ray.model import SplitPlan, adapter_state, plug_in
+from ot_ray.model.loading import require_length
 from ot_ray.progress import Progress
 from ot_ray.store import download_folder, open_store
 from ot_ray.training import TrainingConfig, fit

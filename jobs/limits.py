@@ -1,29 +1,12 @@
-"""What can be refused before the work starts: sequences longer than the model takes, outputs already in use."""
+"""What can be refused before the work starts: data of the wrong kind, another model's bundle, used outputs."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import PreTrainedConfig
-
 from ot_ray.errors import AlreadyExistsError, ConfigError
 from ot_ray.model import FAMILIES
 from ot_ray.store import LocalStore, open_store
-
-
-def require_length(length: int, shape: PreTrainedConfig) -> None:
-    """Refuse sequences that a model has no positions for.
-
-    Args:
-        shape: the model's configuration.
-
-    Raises:
-        ConfigError: names the longest sequence.
-    """
-    # Architectures without a table of positions, such as BLOOM, state none and take any length.
-    positions = getattr(shape, "max_position_embeddings", None)
-    if positions is not None and length > positions:
-        raise ConfigError(f"sequence_length is {length}, but the model takes {positions} tokens; use 2..{positions}")
 
 
 def require_kind(model_type: str, text: str, *, images: bool) -> None:

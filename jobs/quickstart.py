@@ -21,7 +21,9 @@ from jobs import evaluate, make_emulator, plug_in, tune
 from jobs.command import config_file, run_command
 from jobs.memory import PeakMemory
 from jobs.service import complete, running_service
+from jobs.tuning.config import TuneTraining
 from ot_ray.artifacts import BundleSource, generate_key
+from ot_ray.client import OfferedBundle
 from ot_ray.config import Config
 from ot_ray.data import DataConfig, StreamConfig, write_quickstart_data
 from ot_ray.evaluation import FiveSettings
@@ -176,14 +178,14 @@ class _Story:
             shutil.copy(self.folder / f"data/customer/{part}.jsonl", job)
         shutil.copy(self.public_key, job / "owner.pem")
         settings = tune.TuneConfig(
-            bundle=self.bundle().model_copy(update={"public_key": "owner.pem"}),
+            bundle=OfferedBundle(**{**self.bundle().model_dump(), "public_key": "owner.pem"}),
             data=DataConfig(source="train.jsonl"),
             validation=DataConfig(source="validation.jsonl"),
             sequence_length=self.config.sequence_length,
             method=self.config.method,
             lora=self.config.lora,
             bottleneck=self.config.bottleneck,
-            training=self.config.tune,
+            training=TuneTraining(**self.config.tune.model_dump()),
             output=str(self.folder / "adapter"),
         )
         (job / "tune.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")), encoding="utf-8")

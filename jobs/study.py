@@ -10,7 +10,7 @@ from typing import Any
 
 from jobs.command import config_file, run_command
 from jobs.evaluation.places import reachable_model
-from jobs.limits import require_folder, require_length, require_text
+from jobs.limits import require_folder, require_text
 from jobs.studies.config import StudyConfig
 from jobs.studies.gathering import read_other, study_of
 from jobs.studies.parts import Parts, RowParts
@@ -22,6 +22,7 @@ from ot_ray.errors import StudyError
 from ot_ray.evaluation.study import Measured, Study, write_report
 from ot_ray.launch import ray_cluster
 from ot_ray.model import ModelConfig, layer_config
+from ot_ray.model.loading import require_length
 from ot_ray.store import LocalStore, Store, open_store
 
 BASE = Path(__file__).parent / "base"

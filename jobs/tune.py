@@ -13,8 +13,11 @@ from jobs.command import config_file, run_command
 from jobs.images.tuning import ImageWork
 from jobs.limits import require_empty, require_folder
 from jobs.tuning.config import TuneConfig
+from jobs.tuning.hosted import HostedRun
+from jobs.tuning.length import TimeLimit, with_steps
 from jobs.tuning.search import tune_with_search
 from jobs.tuning.work import Work, open_work, tune_adapter
+from ot_ray.client import Client, service_of
 from ot_ray.progress import Progress
 from ot_ray.store import open_store, upload_folder
 from ot_ray.training import Checkpoints
@@ -24,15 +27,56 @@ __all__ = ["TuneConfig", "run"]
 
 def run(config: TuneConfig) -> dict[str, Any]:
     """Tune the adapter of a bundle and write what was tuned."""
+    if config.events is not None:
+        return _tune_watched(config)
     require_empty("output", config.output)
     if config.search is not None and config.search.report is not None:
         require_folder("search.report", config.search.report)
+    limit = TimeLimit(config.time_limit_s)
     with tempfile.TemporaryDirectory() as temporary:
-        work = open_work(config, Path(temporary) / "bundle")
+        work, config = _open(config, Path(temporary))
         folder = Path(temporary) / "adapter"
-        tune = tune_with_search if config.search is not None else _tune_here
-        tuned = tune(work, config, folder)
+        if config.search is not None:
+            tuned = tune_with_search(work, config, folder)
+        else:
+            tuned = _tune_here(work, config, folder, limit)
         upload_folder(open_store(config.output), folder, "", last="manifest.json")
+        sent = _sent(config, folder)
+    return {**_told(work, config, tuned), **sent}
+
+
+def _sent(config: TuneConfig, folder: Path) -> dict[str, Any]:
+    """Send the adapter back to the service, and wait for its verdict. Raises AdapterRejectedError, ServiceError."""
+    if config.upload is None or config.bundle.url is None:
+        return {}
+    client = Client(service_of(config.bundle.url)[0])
+    return {"model_id": client.upload(folder, config.upload.suffix, wait_s=config.upload.wait_s)}
+
+
+def _tune_watched(config: TuneConfig) -> dict[str, Any]:
+    limit, watched = TimeLimit(config.time_limit_s), HostedRun(config)
+    if (done := watched.result()) is not None:
+        return done
+    try:
+        with tempfile.TemporaryDirectory() as temporary:
+            work, config = _open(config, Path(temporary))
+            assert isinstance(work, Work)
+            watched.begin(work, config)
+            folder = Path(temporary) / "adapter"
+            tuned = _tune_here(work, config, folder, limit, watched)
+            watched.finish(folder)
+    except Exception as error:
+        watched.failed(error)
+        raise
+    return _told(work, config, tuned)
+
+
+def _open(config: TuneConfig, temporary: Path) -> tuple[Work | ImageWork, TuneConfig]:
+    work = open_work(config, temporary / "bundle")
+    return work, with_steps(config, work.rows, work.examples)
+
+
+def _told(work: Work | ImageWork, config: TuneConfig, tuned: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "adapter": config.output,
         "bundle_id": work.bundle.bundle_id,
@@ -42,14 +86,25 @@ def run(config: TuneConfig) -> dict[str, Any]:
     }
 
 
-def _tune_here(work: Work | ImageWork, config: TuneConfig, folder: Path) -> dict[str, Any]:
-    with Progress("tune", config.training.steps) as bar:
+def _tune_here(
+    work: Work | ImageWork, config: TuneConfig, folder: Path, limit: TimeLimit, watched: HostedRun | None = None
+) -> dict[str, Any]:
+    steps = config.training.steps
+    with Progress("tune", steps) as bar:
+
+        def report(figures: Mapping[str, float]) -> None:
+            step = int(figures["step"])
+            bar.at(step, **_shown(figures))
+            if step < steps:
+                limit.check(f"after step {step} of {steps}")
+
         return tune_adapter(
             work,
             config,
             folder,
             checkpoints=_checkpoints(work, config),
-            report=lambda figures: bar.at(int(figures["step"]), **_shown(figures)),
+            report=report,
+            **({} if watched is None else {"hooks": watched.hooks}),
         )
 
 
@@ -60,7 +115,8 @@ def _shown(figures: Mapping[str, float]) -> dict[str, float]:
 def _checkpoints(work: Work | ImageWork, config: TuneConfig) -> Checkpoints | None:
     if config.checkpoints is None:
         return None
-    same = config.model_dump(mode="json", include={"method", "lora", "bottleneck", "training", "sequence_length"})
+    names = {"method", "lora", "bottleneck", "training", "sequence_length"}
+    same = config.model_dump(mode="json", include=names, exclude={"training": {"warmup_share"}})
     return Checkpoints(
         open_store(config.checkpoints),
         "tune",
@@ -71,4 +127,10 @@ def _checkpoints(work: Work | ImageWork, config: TuneConfig) -> Checkpoints | No
 
 
 if __name__ == "__main__":
-    run_command("tune", TuneConfig, run, default_config=config_file("tune.yaml"))
+    run_command(
+        "tune",
+        TuneConfig,
+        run,
+        default_config=config_file("tune.yaml"),
+        options={"bundle": ("bundle.url={}", "upload={{}}")},
+    )

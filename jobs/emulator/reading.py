@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from jobs.emulator.config import MakeEmulatorConfig
-from jobs.limits import require_kind, require_length
+from jobs.limits import require_kind
 from ot_ray.artifacts import ModelSource
 from ot_ray.data import DataConfig, read_documents, resolved_revision, source_digest
 from ot_ray.data.images import ImageConfig, image_digest, load_images, resolved_image_revision
 from ot_ray.data.streaming import StreamConfig
 from ot_ray.errors import ConfigError
 from ot_ray.model import classes_in
+from ot_ray.model.loading import require_length
 from ot_ray.training.text_source import files_of, image_files
 
 

@@ -41,6 +41,16 @@ class ImageWork:
         return {"images": len(self.images), "classes": list(self.images.classes)}
 
     @property
+    def rows(self) -> int:
+        """Images that an epoch shows."""
+        return len(self.images)
+
+    @property
+    def examples(self) -> int:
+        """The same."""
+        return len(self.images)
+
+    @property
     def evaluated(self) -> bool:
         """Whether there is anything to evaluate on."""
         return self.held_out is not None

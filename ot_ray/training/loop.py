@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -47,6 +47,8 @@ def train(
     checkpoints: Checkpoints | None = None,
     report: Report | None = None,
     evaluate: Evaluate | None = None,
+    milestones: Collection[int] = (),
+    record: Report | None = None,
 ) -> TrainingResult:
     """Run `config.steps` optimiser steps, from the latest committed checkpoint if there is one.
 
@@ -57,6 +59,9 @@ def train(
         batches: global batches of `config.batch_size` rows.
         report: called on every rank after each step with that step's figures.
         evaluate: validation figures; called on every rank every `config.evaluate_every` steps and at the end.
+        milestones: steps, counted from 1, after which there are validation figures and a checkpoint as at the end.
+        record: called as `report` is, but before the step can become a checkpoint: a run that goes on from there has
+            recorded it.
 
     Raises:
         TrainingError: the loss or the gradients' norm is not finite (raised on every rank, with the step, the rank
@@ -72,12 +77,14 @@ def train(
         for step in range(done, config.steps):
             figures = _one_step(engine, batches, config, step)
             _check_finite(figures, step, engine, checkpoints)
-            last = step + 1 == config.steps
+            last = step + 1 == config.steps or step + 1 in milestones
             if evaluate is not None and (last or _due(step, config.evaluate_every)):
                 seen = _evaluated(engine, evaluate)
                 result.evaluations.append({"step": step + 1, **seen})
                 figures.update(seen)
             result.history.append(figures)
+            if record is not None:
+                record(figures)
             if checkpoints is not None and config.checkpoint_every and (last or _due(step, config.checkpoint_every)):
                 checkpoints.save(engine, step + 1, batches.state())
             if report is not None:
