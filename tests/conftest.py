@@ -9,4 +9,4 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
-pytest_plugins = ["tests.fixtures.models", "tests.fixtures.ray_cluster", "tests.fixtures.s3"]
+pytest_plugins = ["tests.fixtures.models", "tests.fixtures.s3", "tests.fixtures.postgres", "tests.fixtures.ray_cluster"]
