@@ -5,92 +5,125 @@ The same engine behind Ray Serve is in remote.py."""
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from typing import Any, Protocol
+from contextlib import aclosing
+from typing import Any, Protocol, TypeVar
 
-from serve.engine.generation import Chunk, GenerationEngine, Job
-from serve.failures import BusyError
+from serve.engine.batching import EngineStats
+from serve.engine.canary import CanaryReport
+from serve.engine.choice import Piece
+from serve.engine.generation import GenerationEngine
+from serve.engine.job import BEGUN, Job, Told
+from serve.engine.layout import ChatChunk, Chunk
+from serve.wire.base import Usage
+from serve.wire.chat import ChatRequest
 from serve.wire.completions import CompletionRequest
 from serve.wire.models import ModelCard
 
-_BEGUN, _ENDED = object(), object()
+AnyChunk = TypeVar("AnyChunk", Chunk, ChatChunk)
+_PATIENCE_S = 60.0
 
 
 class Backend(Protocol):
-    """Generation as the HTTP side sees it; every method raises what `failures.api_error` understands."""
+    """Generation as the HTTP side sees it; every method raises what `failures.api_error` understands.
 
-    async def models(self) -> list[ModelCard]:
-        """The models that may be served now, the base model first."""
+    Whether the asker may use a model is the HTTP side's to check; `asker` says whose turn it is, and no more.
+    """
+
+    async def models(self, tenant: str | None = None) -> list[ModelCard]:
+        """The models that may be served now, the base model first, then plug-ins of one tenant or of all."""
         ...
 
-    def complete(self, request: CompletionRequest) -> AsyncGenerator[Chunk, None]:
+    async def find_model(self, name: str) -> ModelCard:
+        """One model, by its id or alias."""
+        ...
+
+    def complete(self, request: CompletionRequest, asker: str = "") -> AsyncGenerator[Chunk, None]:
         """The chunks of an answer; closing the iterator ends the work within one token."""
         ...
 
+    def chat(self, request: ChatRequest, asker: str = "") -> AsyncGenerator[ChatChunk, None]:
+        """The chunks of an answer to a conversation; closing the iterator ends the work within one token."""
+        ...
+
+    async def canary(self, model_id: str) -> CanaryReport:
+        """A plug-in, in service or not, against the base model on a fixed text."""
+        ...
+
+    async def stats(self) -> EngineStats:
+        """What one engine does at the moment."""
+        ...
+
     async def check_ready(self) -> None:
-        """Return once the model has made a token; raise if it cannot."""
+        """Return once the model has computed something, between two tokens of what it is busy with; raise if it
+        cannot."""
         ...
 
 
 class LocalBackend:
-    """Runs an engine on a few threads; requests beyond them wait their turn, first come, first served.
+    """An engine in this process.
 
     Args:
-        max_concurrent: requests that generate at the same time.
         wait_s: seconds that a request waits for its turn.
     """
 
-    def __init__(self, engine: GenerationEngine, max_concurrent: int = 4, wait_s: float = 60.0) -> None:
+    def __init__(self, engine: GenerationEngine, wait_s: float = 60.0) -> None:
         self._engine, self._wait_s = engine, wait_s
-        self._lanes = ThreadPoolExecutor(max_concurrent, thread_name_prefix="generation")
-        self._max_concurrent = max_concurrent
 
-    async def models(self) -> list[ModelCard]:
-        return await asyncio.to_thread(self._engine.models)
+    async def models(self, tenant: str | None = None) -> list[ModelCard]:
+        return await asyncio.to_thread(self._engine.models, tenant)
+
+    async def find_model(self, name: str) -> ModelCard:
+        return await asyncio.to_thread(self._engine.find_model, name)
+
+    async def canary(self, model_id: str) -> CanaryReport:
+        return await asyncio.to_thread(self._engine.canary, model_id)
+
+    async def stats(self) -> EngineStats:
+        return self._engine.stats()
 
     async def check_ready(self) -> None:
-        await asyncio.to_thread(self._engine.probe)
+        # Waits on no thread of its own: those of the event loop may all wait for a store that hangs.
+        await asyncio.wait_for(asyncio.wrap_future(self._engine.probe()), _PATIENCE_S)
 
-    async def complete(self, request: CompletionRequest) -> AsyncGenerator[Chunk, None]:
+    async def complete(self, request: CompletionRequest, asker: str = "") -> AsyncGenerator[Chunk, None]:
         job = await asyncio.to_thread(self._engine.prepare, request)
+        async with aclosing(self._run(job, asker, self._engine.layout.completion)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def chat(self, request: ChatRequest, asker: str = "") -> AsyncGenerator[ChatChunk, None]:
+        job = await asyncio.to_thread(self._engine.prepare_chat, request)
+        async with aclosing(self._run(job, asker, self._engine.layout.chat)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def _run(
+        self, job: Job, asker: str, lay_out: Callable[[Piece, Usage | None], AnyChunk]
+    ) -> AsyncGenerator[AnyChunk, None]:
         news: asyncio.Queue[Any] = asyncio.Queue()
-        loop, gone = asyncio.get_running_loop(), threading.Event()
+        loop = asyncio.get_running_loop()
 
-        def tell(item: Any) -> None:
-            loop.call_soon_threadsafe(news.put_nowait, item)
+        def tell(told: Told) -> None:
+            loop.call_soon_threadsafe(news.put_nowait, told)
 
-        lane = self._lanes.submit(self._run, job, tell, gone)
+        ticket = self._engine.submit(job, tell, asker)
         try:
-            await self._turn(news)
-            while (item := await news.get()) is not _ENDED:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            # A request in the queue is taken out of it; one that runs sees the event after its next token.
-            gone.set()
-            lane.cancel()
-
-    async def _turn(self, news: asyncio.Queue[Any]) -> None:
-        try:
-            await asyncio.wait_for(news.get(), self._wait_s)
-        except asyncio.TimeoutError:
-            raise BusyError(
-                f"{self._max_concurrent} requests were ahead for {self._wait_s:g} s; try again later"
-            ) from None
-
-    def _run(self, job: Job, tell: Callable[[Any], None], gone: threading.Event) -> None:
-        tell(_BEGUN)
-        try:
-            with closing(self._engine.generate(job)) as chunks:
-                for chunk in chunks:
-                    if gone.is_set():
+            told = await self._first(news)
+            while True:
+                if isinstance(told, BaseException):
+                    raise told
+                if told is not BEGUN:
+                    yield lay_out(*told)
+                    if told[1] is not None:
                         return
-                    if not chunk.is_silent:
-                        tell(chunk)
-            tell(_ENDED)
-        except Exception as error:
-            tell(error)
+                told = await news.get()
+        finally:
+            # Rows are freed before the next token, and a request that waits leaves the queue.
+            ticket.cancel()
+
+    async def _first(self, news: asyncio.Queue[Any]) -> Any:
+        try:
+            return await asyncio.wait_for(news.get(), self._wait_s)
+        except asyncio.TimeoutError:
+            raise self._engine.too_late() from None

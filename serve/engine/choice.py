@@ -1,33 +1,60 @@
-"""One choice of a completion as it grows: its text up to a stop string, and its tokens' log-probabilities.
+"""One choice of an answer as it grows: its text up to a stop string, and its tokens' log-probabilities.
 
-Which tokens come is left to decoding.py, and how many to generation.py."""
+Which tokens come is left to batching.py, and how an answer is laid out to layout.py."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from serve.engine.decoding import TokenScore, score, score_prompt
+from serve.engine.scoring import TokenScore
 from serve.engine.text import Detokenizer, StopFilter
-from serve.wire.completions import Choice, CompletionRequest, Logprobs
+
+Reason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of one choice."""
+
+    index: int
+    text: str = ""
+    scores: tuple[tuple[TokenScore, int], ...] = ()
+    """Tokens with where their text starts in the choice's, in characters."""
+    reason: Reason | None = None
+    """Why the choice ends with this piece; None while it goes on."""
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether it tells nothing: a token was made whose text is not sure yet."""
+        return not (self.text or self.scores or self.reason)
+
+
+def joined(pieces: Sequence[Piece]) -> Piece:
+    """Pieces that follow each other, at least one, as one."""
+    scores = tuple(score for piece in pieces for score in piece.scores)
+    return replace(pieces[-1], text="".join(piece.text for piece in pieces), scores=scores)
 
 
 class GrowingChoice:
-    """Turns the tokens of one choice into stretches of OpenAI's `Choice`.
+    """Turns the tokens of one choice into pieces.
 
-    Log-probabilities come with the stretch that completes their token's text.
+    Log-probabilities come with the piece that completes their token's text.
+
+    Args:
+        prompt: the tokens before it.
+        stops: strings that end it.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, request: CompletionRequest, prompt: Sequence[int], index: int
+        self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], index: int, stops: Sequence[str]
     ) -> None:
-        self._tokenizer, self._prompt, self._index = tokenizer, prompt, index
-        self._top = request.logprobs
+        self._tokenizer, self._index = tokenizer, index
         self._detokenizer = Detokenizer(tokenizer, prompt)
-        self._filter = StopFilter(request.stop)
+        self._filter = StopFilter(stops)
         self._decoded = self._passed = 0
         """Characters that came from tokens, and those of them that were passed on."""
         self._scores: list[tuple[TokenScore, int, int]] = []
@@ -38,58 +65,39 @@ class GrowingChoice:
         """Whether a stop string has come."""
         return self._filter.stopped
 
-    def echo(self, model: PreTrainedModel, text: str) -> Choice:
+    def echo(self, text: str, scores: Sequence[TokenScore]) -> Piece:
         """The prompt as the beginning of the choice; `text` is what it was written as."""
-        scores = score_prompt(model, self._prompt, self._top) if self._top is not None else []
-        reader = Detokenizer(self._tokenizer, [])
-        logprobs, place = Logprobs(), 0
+        reader, placed, place = Detokenizer(self._tokenizer, []), [], 0
         for item in scores:
-            logprobs.extend(self._logprobs(item, place))
+            placed.append((item, place))
             place += len(reader.push(item.token))
         self._decoded = self._passed = len(text)
-        return self._choice(text, logprobs)
+        return Piece(self._index, text, tuple(placed))
 
-    def push(self, token: int, logits_V: torch.Tensor) -> Choice:
-        """Take a token with the logits it was chosen from; what is now sure to be told, maybe nothing."""
+    def push(self, token: int, score: TokenScore | None = None) -> Piece:
+        """Take a token; what is now sure to be told, maybe nothing."""
         text = self._detokenizer.push(token)
-        if self._top is not None:
-            self._scores.append((score(token, logits_V, self._top), self._decoded, self._decoded + len(text)))
+        if score is not None:
+            self._scores.append((score, self._decoded, self._decoded + len(text)))
         self._decoded += len(text)
         return self._pass_on(self._filter.push(text))
 
-    def finish(self, reason: Literal["stop", "length"]) -> Choice:
+    def finish(self, reason: Reason) -> Piece:
         """The end of the choice, with all that was held back before a stop string."""
         text = "" if self.stopped else self._filter.push(self._detokenizer.flush())
         text += self._filter.flush()
-        choice = self._pass_on(text)
-        return choice.model_copy(update={"finish_reason": "stop" if self.stopped else reason})
+        return replace(self._pass_on(text), reason="stop" if self.stopped else reason)
 
-    def _pass_on(self, text: str) -> Choice:
+    def _pass_on(self, text: str) -> Piece:
         self._passed += len(text)
-        logprobs, waiting = Logprobs(), []
+        if not self._scores:
+            return Piece(self._index, text)
+        placed, waiting = [], []
         for item, start, end in self._scores:
             # A token that reaches into a stop string is told if some of its text stands before it.
             if end <= self._passed or (self.stopped and start < self._passed):
-                logprobs.extend(self._logprobs(item, start))
+                placed.append((item, start))
             else:
                 waiting.append((item, start, end))
         self._scores = waiting
-        return self._choice(text, logprobs)
-
-    def _choice(self, text: str, logprobs: Logprobs) -> Choice:
-        return Choice(index=self._index, text=text, logprobs=logprobs if logprobs.tokens else None)
-
-    def _logprobs(self, item: TokenScore, place: int) -> Logprobs:
-        # Different tokens may have the same text, as halves of characters do; the likelier one is told.
-        top: dict[str, float] = {}
-        for token, logprob in item.top.items():
-            top.setdefault(self._name(token), logprob)
-        return Logprobs(
-            tokens=[self._name(item.token)],
-            token_logprobs=[item.logprob],
-            top_logprobs=[top if item.logprob is not None else None],
-            text_offset=[place],
-        )
-
-    def _name(self, token: int) -> str:
-        return str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False))
+        return Piece(self._index, text, tuple(placed))

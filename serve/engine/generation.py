@@ -1,55 +1,34 @@
-"""Answers completion requests: checks them against the model, decodes, and cuts text into chunks.
+"""Answers requests: checks them against the model, lays them out as jobs, and hands them to the batch.
 
-Bounding how many run at once is backend.py's part; HTTP and Ray are unknown here."""
+Running jobs is batching.py's part; HTTP and Ray are unknown here."""
 
 from __future__ import annotations
 
-import secrets
+import queue
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from transformers import PreTrainedTokenizerBase
 
-from ot_ray.errors import NotFoundError
+from ot_ray.data import render
+from ot_ray.errors import DataError, NotFoundError
+from serve.engine.batch import Batch
+from serve.engine.batching import Batcher, BatchLimits, EngineStats
+from serve.engine.canary import CanaryReport, compare
+from serve.engine.checks import check_chat, check_supported, context_length, end_tokens, seed_of
 from serve.engine.choice import GrowingChoice
-from serve.engine.decoding import decode
+from serve.engine.job import BEGUN, Job, Ticket, Told
+from serve.engine.layout import Chunk, Layout
 from serve.engine.plug_ins import PlugIn
 from serve.engine.residency import PlugInCache
-from serve.engine.sampling import Sampler, Sampling
-from serve.failures import ApiError, model_not_found
-from serve.wire.completions import Choice, CompletionRequest, Usage
+from serve.engine.sampling import Sampling
+from serve.failures import ApiError, BusyError, model_not_found
+from serve.wire.chat import ChatRequest
+from serve.wire.completions import CompletionRequest
 from serve.wire.models import ModelCard
-
-# For architectures without learnt positions whose config states no length.
-_UNSTATED_CONTEXT = 2048
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A stretch of one choice; the last chunk of a request holds its usage."""
-
-    choice: Choice
-    usage: Usage | None = None
-
-    @property
-    def is_silent(self) -> bool:
-        """Whether it tells nothing: a token was made whose text is not sure yet."""
-        choice = self.choice
-        return not (choice.text or choice.logprobs or choice.finish_reason or self.usage)
-
-
-@dataclass(frozen=True)
-class Job:
-    """A request that fits the model, with its prompts as token ids."""
-
-    request: CompletionRequest
-    prompts: list[list[int]]
-    texts: list[str]
-    """The prompts as text, for `echo`."""
-    sampling: Sampling
-    seed: int
 
 
 class GenerationEngine:
@@ -57,38 +36,123 @@ class GenerationEngine:
 
     Args:
         max_choices: the largest number of choices (prompts times n) of one request.
+        wait_s: seconds that a request waits for its turn.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, cache: PlugInCache, max_choices: int = 32) -> None:
-        self._tokenizer, self._cache, self._max_choices = tokenizer, cache, max_choices
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        cache: PlugInCache,
+        max_choices: int = 32,
+        limits: BatchLimits | None = None,
+        wait_s: float = 60.0,
+    ) -> None:
+        self._tokenizer, self._cache, self._max_choices, self._wait_s = tokenizer, cache, max_choices, wait_s
         self._context = context_length(cache.base)
         self._vocabulary = int(cache.base.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr, arg-type]
-        self._ends = _end_tokens(cache.base, tokenizer)
+        self._batch = Batch(cache.many, end_tokens(cache.base, tokenizer))
+        self._batcher = Batcher(self._batch, cache, limits or BatchLimits(), self._start_choice)
+        self.layout = Layout(tokenizer)
         self._started = int(time.time())
 
-    def models(self) -> list[ModelCard]:
-        """The base model, then every plug-in that may be served.
+    def models(self, tenant: str | None = None) -> list[ModelCard]:
+        """The base model, then every plug-in that may be served, of one tenant or of all.
 
         Raises:
             OTRayError: the registry cannot be read and never could.
         """
-        base = ModelCard(id=self._cache.base_id, created=self._started, owned_by="owner")
-        return [base, *map(_card, self._cache.plug_ins())]
+        return [self._base_card(), *map(_card, self._cache.plug_ins(tenant))]
 
-    def probe(self) -> None:
-        """Make one token with the base model, and raise whatever keeps it from doing so."""
-        next(decode(self._cache.base, [min(self._ends, default=0)], Sampler(Sampling(temperature=0), seed=0)))
+    def _base_card(self) -> ModelCard:
+        return ModelCard(id=self._cache.base_id, created=self._started, owned_by="owner")
+
+    def find_model(self, name: str) -> ModelCard:
+        """One model, by its id or alias; the card has the name that was asked for.
+
+        Raises:
+            ApiError: no such model is served.
+        """
+        with _not_found_as_answer(name):
+            record = self._cache.find(name)
+        return self._base_card() if record is None else _card(record).model_copy(update={"id": name})
+
+    def probe(self) -> Future[None]:
+        """Have the batch's thread compute the base model's logits; fails with whatever keeps it from doing so."""
+
+        def look() -> None:
+            if not self._batch.logits_of(0, torch.tensor([[0]])).isfinite().all():
+                raise ApiError("The base model computes values that are not finite.", 503, "model_not_finite")
+
+        return self._batcher.call(look)
+
+    def canary(self, model_id: str) -> CanaryReport:
+        """Compare a plug-in, in service or not, with the base model on a fixed text.
+
+        Raises:
+            NotFoundError: no such plug-in.
+            SplitError: its tensors do not fit the base model.
+        """
+        model = self._cache.candidate(model_id)
+        return self._batcher.call(lambda: compare(self._cache.base, model, self._tokenizer)).result()
+
+    def stats(self) -> EngineStats:
+        """What the engine does at the moment."""
+        return self._batcher.stats()
+
+    def submit(self, job: Job, tell: Callable[[Told], None], asker: str = "") -> Ticket:
+        """Queue a prepared job; `tell` hears the answer, as `Ticket` says.
+
+        Raises:
+            ApiError: 429, too many requests wait.
+        """
+        return self._batcher.submit(job, tell, asker)
 
     def complete(self, request: CompletionRequest) -> Generator[Chunk, None, None]:
-        """Answer a request, chunk by chunk, choice after choice.
+        """Answer a request, chunk by chunk; choices come as they grow, side by side.
 
         Closing the iterator ends the work within one token.
 
         Raises:
             ApiError: the request does not fit the model, or names one that is not served.
-            BusyError: no room for the plug-in became free in time.
+            BusyError: the request did not get its turn in time.
         """
         yield from self.generate(self.prepare(request))
+
+    def generate(self, job: Job) -> Generator[Chunk, None, None]:
+        """Carry out a prepared job.
+
+        Raises:
+            ApiError: the model was withdrawn since, or cannot compute.
+            BusyError: it did not get its turn in time.
+        """
+        news: queue.Queue[Told] = queue.Queue()
+        ticket = self.submit(job, news.put)
+        try:
+            told = self._first(news)
+            while True:
+                if isinstance(told, BaseException):
+                    raise told
+                if told is not BEGUN:
+                    chunk = self.layout.completion(*told)  # type: ignore[misc]
+                    yield chunk
+                    if chunk.usage is not None:
+                        return
+                told = news.get()
+        finally:
+            ticket.cancel()
+
+    def _first(self, news: queue.Queue[Told]) -> Told:
+        try:
+            return news.get(timeout=self._wait_s)
+        except queue.Empty:
+            raise self.too_late() from None
+
+    def too_late(self) -> BusyError:
+        """What a request hears that did not get its turn."""
+        stats = self.stats()
+        return BusyError(
+            f"{stats.rows} choices and {stats.waiting} requests were ahead for {self._wait_s:g} s; try again later"
+        )
 
     def prepare(self, request: CompletionRequest) -> Job:
         """Check a request and tokenize its prompts; costs no turn of the model.
@@ -96,55 +160,73 @@ class GenerationEngine:
         Raises:
             ApiError: as `complete`.
         """
-        with _not_found_as_answer(request.model):
-            self._cache.require(request.model)
-        _check_supported(request)
+        plug_in = self._plug_in(request.model)
+        check_supported(request)
         prompts = self._encode(request)
-        if len(prompts) * request.n > self._max_choices:
-            raise ApiError(
-                f"{len(prompts)} prompts with n={request.n} make {len(prompts) * request.n} choices, but one "
-                f"request may have {self._max_choices}; send fewer prompts at a time",
-                param="n" if len(prompts) == 1 else "prompt",
-            )
+        self._check_choices(len(prompts), request.n)
         for prompt in prompts:
             self._check_length(len(prompt), request.max_tokens)
-        texts = [self._text_of(given, ids) for given, ids in zip(request.prompt or [""], prompts, strict=True)]
-        seed = request.seed if request.seed is not None else secrets.randbits(62)
-        return Job(request, prompts, texts, self._sampling(request), seed)
+        return Job(
+            model=request.model,
+            plug_in=plug_in,
+            prompts=prompts,
+            texts=[self._text_of(given, ids) for given, ids in zip(request.prompt or [""], prompts, strict=True)],
+            n=request.n,
+            max_tokens=request.max_tokens,
+            sampling=self._sampling(request),
+            seed=seed_of(request.seed),
+            stops=request.stop,
+            top=request.logprobs,
+            echo=request.echo,
+            stream=request.stream,
+        )
 
-    def generate(self, job: Job) -> Generator[Chunk, None, None]:
-        """Decode a prepared request; one chunk a token, silent ones included.
+    def prepare_chat(self, request: ChatRequest) -> Job:
+        """Check a chat request and lay its conversation out as training does; costs no turn of the model.
 
         Raises:
-            ApiError: the model was withdrawn since the request was prepared.
-            BusyError: no room for the plug-in became free in time.
+            ApiError: the request does not fit the model, or names one that is not served.
         """
-        request, made = job.request, 0
-        with _not_found_as_answer(request.model), self._cache.use(request.model) as model:
-            last = len(job.prompts) * request.n - 1
-            for index in range(last + 1):
-                for choice, tokens in self._choice(model, job, index):
-                    made += tokens
-                    is_last = index == last and choice.finish_reason is not None
-                    yield Chunk(choice, _usage(job, made) if is_last else None)
+        plug_in = self._plug_in(request.model)
+        check_chat(request)
+        self._check_choices(1, request.n)
+        try:
+            said = [{"role": message.role, "content": message.text} for message in request.messages]
+            text = render(said, self._tokenizer, reply=True)
+        except DataError as error:
+            raise ApiError(str(error), param="messages") from None
+        ids = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+        prompt = ids or [self._beginning("messages")]
+        asked = request.max_completion_tokens or request.max_tokens
+        self._check_length(len(prompt), asked or 1)
+        return Job(
+            model=request.model,
+            plug_in=plug_in,
+            prompts=[prompt],
+            texts=[text],
+            n=request.n,
+            max_tokens=asked or self._context - len(prompt),
+            sampling=self._sampling(request),
+            seed=seed_of(request.seed),
+            stops=request.stop,
+            top=(request.top_logprobs or 0) if request.logprobs else None,
+            stream=request.stream,
+        )
 
-    def _choice(self, model: PreTrainedModel, job: Job, index: int) -> Iterator[tuple[Choice, int]]:
-        """One choice in stretches, each with the number of tokens that it took."""
-        place = index // job.request.n
-        prompt = job.prompts[place]
-        growing = GrowingChoice(self._tokenizer, job.request, prompt, index)
-        if job.request.echo:
-            yield growing.echo(model, job.texts[place]), 0
-        steps = decode(model, prompt, Sampler(job.sampling, (job.seed + index) % 2**63))
-        for _ in range(job.request.max_tokens):
-            token, logits_V = next(steps)
-            if token in self._ends:
-                yield growing.finish("stop"), 1
-                return
-            yield growing.push(token, logits_V), 1
-            if growing.stopped:
-                break
-        yield growing.finish("length"), 0
+    def _plug_in(self, name: str) -> PlugIn | None:
+        with _not_found_as_answer(name):
+            return self._cache.find(name)
+
+    def _start_choice(self, job: Job, index: int) -> GrowingChoice:
+        return GrowingChoice(self._tokenizer, job.prompts[index // job.n], index, job.stops)
+
+    def _check_choices(self, prompts: int, n: int) -> None:
+        if prompts * n > self._max_choices:
+            raise ApiError(
+                f"{prompts} prompts with n={n} make {prompts * n} choices, but one request may have "
+                f"{self._max_choices}; send fewer prompts at a time",
+                param="n" if prompts == 1 else "prompt",
+            )
 
     def _encode(self, request: CompletionRequest) -> list[list[int]]:
         """Token ids of every prompt; an empty prompt is the beginning of a document."""
@@ -159,11 +241,11 @@ class GenerationEngine:
             prompts.append(ids or [self._beginning()])
         return prompts
 
-    def _beginning(self) -> int:
+    def _beginning(self, param: str = "prompt") -> int:
         for token in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id):
             if isinstance(token, int):
                 return token
-        raise ApiError("prompt is empty, and this model has no token to begin with; send a prompt", param="prompt")
+        raise ApiError(f"{param} is empty, and this model has no token to begin with; send text", param=param)
 
     def _text_of(self, given: str | list[int], ids: list[int]) -> str:
         if isinstance(given, str):
@@ -179,7 +261,7 @@ class GenerationEngine:
                 code="context_length_exceeded",
             )
 
-    def _sampling(self, request: CompletionRequest) -> Sampling:
+    def _sampling(self, request: CompletionRequest | ChatRequest) -> Sampling:
         bias = {int(token): value for token, value in request.logit_bias.items()}
         if wrong := [token for token in bias if token >= self._vocabulary]:
             raise ApiError(
@@ -189,40 +271,8 @@ class GenerationEngine:
         return Sampling(request.temperature, request.top_p, request.presence_penalty, request.frequency_penalty, bias)
 
 
-def context_length(model: PreTrainedModel) -> int:
-    """Largest number of tokens, prompt and completion together, that a model can attend to."""
-    names = ("max_position_embeddings", "n_positions", "seq_length")
-    lengths = (getattr(model.config, name, None) for name in names)
-    return next((length for length in lengths if isinstance(length, int)), _UNSTATED_CONTEXT)
-
-
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokens that end a completion: those of the generation config, and the tokenizer's own."""
-    stated = getattr(model.generation_config, "eos_token_id", None)
-    tokens = [*(stated if isinstance(stated, list) else [stated]), tokenizer.eos_token_id]
-    return frozenset(token for token in tokens if isinstance(token, int))
-
-
-def _check_supported(request: CompletionRequest) -> None:
-    if request.suffix:
-        raise ApiError("suffix is not supported: this model only continues text; leave it out", param="suffix")
-    if request.best_of not in (None, request.n):
-        raise ApiError(
-            f"best_of is {request.best_of}, but this service returns every choice it makes; leave it out, or "
-            f"set it to n ({request.n})",
-            param="best_of",
-        )
-    if request.stream_options is not None and not request.stream:
-        raise ApiError("stream_options needs stream: true; set it, or leave them out", param="stream_options")
-
-
 def _card(plug_in: PlugIn) -> ModelCard:
     return ModelCard(id=plug_in.model_id, created=plug_in.created, owned_by=plug_in.owner)
-
-
-def _usage(job: Job, made: int) -> Usage:
-    given = sum(len(prompt) for prompt in job.prompts)
-    return Usage(prompt_tokens=given, completion_tokens=made, total_tokens=given + made)
 
 
 @contextmanager

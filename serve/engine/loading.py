@@ -8,14 +8,15 @@ from ot_ray.artifacts import Registry, load_full, open_model_source
 from ot_ray.errors import UnsupportedModelError
 from ot_ray.model import FAMILIES
 from ot_ray.store import open_store
-from serve.config import ServeConfig
 from serve.engine.backend import LocalBackend
+from serve.engine.batching import BatchLimits
 from serve.engine.generation import GenerationEngine
-from serve.engine.plug_ins import NoPlugIns, RegistryCatalogue
+from serve.engine.plug_ins import NoPlugIns, PlugIns, RegistryPlugIns
 from serve.engine.residency import PlugInCache
+from serve.settings.engine import EngineConfig
 
 
-def load_backend(config: ServeConfig) -> LocalBackend:
+def load_backend(config: EngineConfig) -> LocalBackend:
     """Load the base model, open the registry, and have the model make a token.
 
     Raises:
@@ -24,9 +25,9 @@ def load_backend(config: ServeConfig) -> LocalBackend:
         ArtifactError: a file of its weights is missing, truncated or corrupt.
         UnsupportedModelError: plug-ins do not exist for this architecture, or it takes images.
     """
-    catalogue = NoPlugIns()
+    plug_ins: PlugIns = NoPlugIns()
     if config.store is not None:
-        catalogue = RegistryCatalogue(Registry(open_store(config.store)), config.model.name)
+        plug_ins = RegistryPlugIns(Registry(open_store(config.store)), config.model.name)
     source = open_model_source(config.model)
     if FAMILIES[source.config.model_type].task != "text":
         raise UnsupportedModelError(
@@ -38,11 +39,13 @@ def load_backend(config: ServeConfig) -> LocalBackend:
     cache = PlugInCache(
         config.model.name,
         base.to("cuda" if config.num_gpus else "cpu"),  # type: ignore[arg-type]
-        catalogue,
+        plug_ins,
         max_plug_ins=config.max_plug_ins,
+        max_host_plug_ins=config.max_host_plug_ins,
         wait_s=config.wait_s,
         refresh_s=config.refresh_s,
     )
-    engine = GenerationEngine(source.tokenizer(), cache, config.max_choices)
-    engine.probe()
-    return LocalBackend(engine, config.max_concurrent, config.wait_s)
+    limits = BatchLimits(config.max_concurrent, config.max_batch_tokens, config.max_waiting)
+    engine = GenerationEngine(source.tokenizer(), cache, config.max_choices, limits, config.wait_s)
+    engine.probe().result()
+    return LocalBackend(engine, config.wait_s)

@@ -1,11 +1,11 @@
-"""From one row of logits to one token: temperature, nucleus, penalties and biases, with a seed of its own.
+"""From logits to tokens, for all rows of a batch at once: temperature, nucleus, penalties and biases.
 
-Producing the logits is left to decoding.py."""
+Each row has random numbers of its own. Producing logits is batching.py's part. Letters: B rows, V vocabulary."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,44 +22,113 @@ class Sampling:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Token id to what is added to its logit."""
+    _biases: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def bias_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids, int64 [N], and what is added to their logits, float32 [N]; made once."""
+        if device not in self._biases:
+            ids, values = list(self.logit_bias), list(self.logit_bias.values())
+            self._biases[device] = (
+                torch.tensor(ids, dtype=torch.long, device=device),
+                torch.tensor(values, dtype=torch.float32, device=device),
+            )
+        return self._biases[device]
 
 
 class Sampler:
-    """Chooses the tokens of one choice, on the CPU and from its own generator.
+    """What the choice of one row's tokens depends on beside the logits: settings, tokens so far, random numbers.
 
-    The same seed gives the same tokens whatever else runs at the same time.
+    The same seed gives the same tokens whatever else runs at the same time, as far as the logits are the same.
     """
 
     def __init__(self, sampling: Sampling, seed: int) -> None:
-        self._sampling = sampling
-        self._generator = torch.Generator().manual_seed(seed)
-        self._bias_ids = torch.tensor(list(sampling.logit_bias), dtype=torch.long)
-        self._bias = torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float32)
-        self._counts: Counter[int] = Counter()
+        self.sampling = sampling
+        self._random = random.Random(seed)
+        self.counts: torch.Tensor | None = None
+        """How often each token was chosen, float32 [V], where penalties need it."""
+
+    @property
+    def is_penalized(self) -> bool:
+        """Whether tokens that came before are less likely, or likelier."""
+        return bool(self.sampling.presence_penalty or self.sampling.frequency_penalty)
+
+    def draw(self) -> float:
+        """One number of [0, 1), the next of this row's; a greedy row has none."""
+        return self._random.random() if self.sampling.temperature else 0.0
 
     def pick(self, logits_V: torch.Tensor) -> int:
-        """Choose a token from float32 logits of shape (vocabulary,); they are left as they were."""
-        scores = self._adjusted(logits_V)
-        if self._sampling.temperature == 0:
-            token = int(scores.argmax())
-        else:
-            token = self._draw(torch.softmax(scores / self._sampling.temperature, dim=-1))
-        self._counts[token] += 1
-        return token
+        """Choose a token from float32 logits of shape (vocabulary,) as `pick` chooses it in a batch."""
+        return int(pick([self], logits_V[None])[0])
 
-    def _adjusted(self, logits_V: torch.Tensor) -> torch.Tensor:
-        sampling = self._sampling
-        scores = logits_V.clone()
-        scores[self._bias_ids] += self._bias
-        if self._counts and (sampling.presence_penalty or sampling.frequency_penalty):
-            counts = torch.tensor(list(self._counts.values()), dtype=torch.float32)
-            scores[list(self._counts)] -= sampling.presence_penalty + sampling.frequency_penalty * counts
-        return scores
 
-    def _draw(self, probabilities: torch.Tensor) -> int:
-        if self._sampling.top_p < 1:
-            ordered, order = probabilities.sort(descending=True)
-            # A token stays if those before it hold less than top_p, so the likeliest always stays.
-            ordered[1:][ordered.cumsum(0)[:-1] >= self._sampling.top_p] = 0
-            return int(order[torch.multinomial(ordered, 1, generator=self._generator)])
-        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+def pick(samplers: Sequence[Sampler], logits_BV: torch.Tensor) -> torch.Tensor:
+    """Choose a token for every row.
+
+    Args:
+        samplers: one a row; they are moved on by one token.
+        logits_BV: float32; they are left as they were.
+
+    Returns:
+        Token ids, int64 [B], on the logits' device.
+    """
+    scores = _adjusted(samplers, logits_BV)
+    tokens = scores.argmax(-1)
+    for nucleus in (False, True):
+        rows = [
+            row
+            for row, sampler in enumerate(samplers)
+            if sampler.sampling.temperature and (sampler.sampling.top_p < 1) == nucleus
+        ]
+        if rows:
+            chosen = [samplers[row] for row in rows]
+            every = len(rows) == len(samplers)
+            drawn = _drawn(chosen, scores if every else scores[rows], nucleus)
+            tokens = drawn if every else tokens.index_put((torch.tensor(rows, device=tokens.device),), drawn)
+    for row, sampler in enumerate(samplers):
+        if sampler.counts is not None:
+            sampler.counts[tokens[row]] += 1
+    return tokens
+
+
+def _adjusted(samplers: Sequence[Sampler], logits_BV: torch.Tensor) -> torch.Tensor:
+    scores, device = logits_BV, logits_BV.device
+    biased = [row for row, sampler in enumerate(samplers) if sampler.sampling.logit_bias]
+    if biased:
+        scores = scores.clone()
+        for row in biased:
+            scores[row].index_add_(0, *samplers[row].sampling.bias_on(device))
+    penalized = [row for row, sampler in enumerate(samplers) if sampler.is_penalized]
+    if penalized:
+        counts = torch.stack([_counts(samplers[row], scores[row]) for row in penalized])
+        presence, frequency = (
+            torch.tensor([[getattr(samplers[row].sampling, name)] for row in penalized], device=device)
+            for name in ("presence_penalty", "frequency_penalty")
+        )
+        rows = torch.tensor(penalized, device=device)
+        scores = scores.index_put((rows,), scores[rows] - presence * (counts > 0) - frequency * counts)
+    return scores
+
+
+def _counts(sampler: Sampler, like: torch.Tensor) -> torch.Tensor:
+    if sampler.counts is None:
+        sampler.counts = torch.zeros_like(like)
+    return sampler.counts
+
+
+def _drawn(samplers: Sequence[Sampler], scores: torch.Tensor, nucleus: bool) -> torch.Tensor:
+    """Tokens [B], each where its row's random number falls among the probabilities in a row."""
+    temperatures = torch.tensor([[sampler.sampling.temperature] for sampler in samplers], device=scores.device)
+    draws = torch.tensor([[sampler.draw()] for sampler in samplers], dtype=torch.float64, device=scores.device)
+    probabilities, order = torch.softmax(scores / temperatures, dim=-1), None
+    if nucleus:
+        probabilities, order = probabilities.sort(descending=True, stable=True)
+        most = torch.tensor([[sampler.sampling.top_p] for sampler in samplers], device=scores.device)
+        # A token stays if those before it hold less than top_p, so the likeliest always stays.
+        before = torch.nn.functional.pad(probabilities.cumsum(-1)[:, :-1], (1, 0), value=-1.0)
+        probabilities = probabilities.where(before < most, 0.0)
+    # Summed in double precision: the tail of a large vocabulary would drown in a float's rounding.
+    heaps = probabilities.double().cumsum(-1)
+    places = torch.searchsorted(heaps, draws * heaps[:, -1:], right=True).clamp_(max=scores.shape[-1] - 1)
+    return (places if order is None else order.gather(-1, places)).squeeze(-1)

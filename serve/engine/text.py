@@ -10,6 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 # Tokens before the new text that its first characters may depend on, as the space of SentencePiece does.
 _CONTEXT = 6
+# Tokens that may wait for the end of a character.
+_MOST_PENDING = 64
 _INCOMPLETE = "\ufffd"
 
 
@@ -31,9 +33,25 @@ class Detokenizer:
         text = self._pending()
         # A half character decodes to the replacement mark, until its last byte is there.
         if not text or text.endswith(_INCOMPLETE):
-            return ""
+            return self._give_up() if len(self._ids) - self._released > _MOST_PENDING else ""
         self._start, self._released = self._released, len(self._ids)
         return text
+
+    def _give_up(self) -> str:
+        """What is known of many tokens that end no character, so that they are not decoded again and again."""
+        known = self._decode(self._ids[self._start : self._released])
+        whole = self._decode(self._ids[self._start :])
+        if len(whole) <= len(known):
+            # They have no text, as special tokens.
+            del self._ids[self._released :]
+            return ""
+        # No character is longer than four bytes, so that what came before the last tokens is decided.
+        for end in range(len(self._ids) - 4, len(self._ids) - 8, -1):
+            decided = self._decode(self._ids[self._start : end])
+            if whole.startswith(decided):
+                self._start, self._released = self._released, end
+                return decided[len(known) :]
+        return ""
 
     def flush(self) -> str:
         """The text that waits for a token which never comes."""

@@ -1,28 +1,57 @@
-"""`/v1/models`: the base model and the plug-ins that may be served now.
+"""`/v1/models`: the base model and the asker's own plug-ins that are in service.
 
-Promoting and withdrawing plug-ins is done in the registry, not here."""
+Promoting is the controller's part; withdrawing is done here, and seen by every engine within moments."""
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request
+from typing import Annotated
 
-from serve.failures import model_not_found
-from serve.routes import backend_of
-from serve.wire.models import ModelCard, ModelList
+from fastapi import APIRouter, Depends, Request
+
+from ot_ray.artifacts import Registry, parse_model_name
+from ot_ray.errors import NotFoundError
+from serve.failures import ApiError, model_not_found
+from serve.routes import service_of
+from serve.routes.generating import check_model
+from serve.routes.identity import Identity, needs, record
+from serve.wire.models import DeletedModel, ModelCard, ModelList
 
 router = APIRouter(prefix="/v1")
 
 
 @router.get("/models")
-async def list_models(request: Request) -> ModelList:
-    """Every model, the base model first."""
-    return ModelList(data=await backend_of(request).models())
+async def list_models(request: Request, identity: Annotated[Identity, Depends(needs("inference"))]) -> ModelList:
+    """Every model, the base model first; each version of a plug-in by its id."""
+    service = service_of(request)
+    return ModelList(data=await service.backend.models(None if service.catalogue is None else identity.tenant))
 
 
 @router.get("/models/{model_id:path}")
-async def get_model(request: Request, model_id: str) -> ModelCard:
-    """One model; an id that is not served is a 404."""
-    for card in await backend_of(request).models():
-        if card.id == model_id:
-            return card
-    raise model_not_found(model_id)
+async def get_model(
+    request: Request, model_id: str, identity: Annotated[Identity, Depends(needs("inference"))]
+) -> ModelCard:
+    """One model, by its id or by the name under which the current version answers; anything else is a 404."""
+    service = service_of(request)
+    check_model(service, identity, model_id)
+    return await service.backend.find_model(model_id)
+
+
+@router.delete("/models/{model_id:path}")
+def delete_model(
+    request: Request, model_id: str, identity: Annotated[Identity, Depends(needs("jobs"))]
+) -> DeletedModel:
+    """Take a plug-in of the asker's own out of service; it is kept in the registry."""
+    service = service_of(request)
+    check_model(service, identity, model_id)
+    if model_id == service.settings.model.name:
+        raise ApiError(f"{model_id} is the base model, which is not yours to delete.", 403, "insufficient_permissions")
+    if not parse_model_name(model_id).id:
+        raise ApiError(f"{model_id} names whichever version is current; delete a version by its own id.", param="model")
+    if service.store is None:
+        raise model_not_found(model_id)
+    try:
+        Registry(service.store).withdraw(model_id)
+    except NotFoundError:
+        raise model_not_found(model_id) from None
+    record(request, identity, "model.delete", model_id)
+    return DeletedModel(id=model_id)

@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field
 
-from serve.wire.base import Request
+from serve.wire.base import LogitBias, Request, StreamOptions, Usage, stops
 
+_MOST_PROMPTS = 2048
 _PROMPT = "a prompt is a string, a list of strings, a list of token ids, or a list of lists of token ids"
 
 
@@ -19,10 +20,12 @@ def _prompts(value: Any) -> list[str] | list[list[int]]:
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and value:
-        if all(isinstance(item, str) for item in value):
+        if len(value) <= _MOST_PROMPTS and all(isinstance(item, str) for item in value):
             return value
         if _are_ids(value):
             return [value]
+        if len(value) > _MOST_PROMPTS:
+            raise ValueError(f"has {len(value)} prompts; at most {_MOST_PROMPTS} are taken")
         if all(isinstance(item, list) and item and _are_ids(item) for item in value):
             return value
     raise ValueError(_PROMPT)
@@ -32,43 +35,26 @@ def _are_ids(value: list[Any]) -> bool:
     return all(type(item) is int for item in value)
 
 
-def _stops(value: Any) -> tuple[str, ...]:
-    stops = (value,) if isinstance(value, str) else value
-    if not isinstance(stops, list | tuple) or len(stops) > 4:
-        raise ValueError("stop is one string or a list of at most 4 strings")
-    if not all(isinstance(stop, str) and stop for stop in stops):
-        raise ValueError("a stop string must be text, and not empty")
-    return tuple(stops)
-
-
-class StreamOptions(Request):
-    """What a stream holds beside the text."""
-
-    include_usage: bool = False
-    """End with one more chunk that holds the usage of the whole request."""
-    include_obfuscation: bool = False
-    """Accepted for OpenAI's clients; this service pads nothing."""
-
-
 class CompletionRequest(Request):
     """The body of `POST /v1/completions`; `null` means a field's default, as it does at OpenAI."""
 
     model: str
-    prompt: Annotated[list[str] | list[list[int]] | None, BeforeValidator(_prompts)] = None
+    prompt: Annotated[
+        list[str] | list[list[int]] | None,
+        BeforeValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]] | None),
+    ] = None
     """None stands for the beginning of a document."""
     max_tokens: int = Field(16, ge=0)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, ge=0, le=1)
     n: int = Field(1, ge=1, le=128)
-    stop: Annotated[tuple[str, ...], BeforeValidator(_stops)] = ()
+    stop: Annotated[tuple[str, ...], BeforeValidator(stops, json_schema_input_type=str | list[str])] = ()
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool = False
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] = Field(
-        default_factory=dict
-    )
+    logit_bias: LogitBias = Field(default_factory=dict)
     best_of: int | None = Field(None, ge=1)
     suffix: str = ""
     stream: bool = False
@@ -101,14 +87,6 @@ class Choice(BaseModel):
     text: str = ""
     logprobs: Logprobs | None = None
     finish_reason: Literal["stop", "length"] | None = None
-
-
-class Usage(BaseModel):
-    """Tokens of a request; each prompt counts once however many choices it has."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
 
 
 class Completion(BaseModel):

@@ -22,3 +22,11 @@ class ModelList(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
+
+
+class DeletedModel(BaseModel):
+    """The answer to `DELETE /v1/models/{model}`."""
+
+    id: str
+    object: Literal["model"] = "model"
+    deleted: bool = True

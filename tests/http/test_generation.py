@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import math
+import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from itertools import islice
 from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from tiny_service import CONTEXT, END, PLAIN_TEXT, PLAN, Shelf, tokens_of
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ot_ray.model import plug_in
-from serve.engine.decoding import decode
+from serve.config import ServeConfig
+from serve.engine.batching import Batcher, BatchLimits, most_cells
 from serve.engine.generation import GenerationEngine
-from serve.engine.sampling import Sampler, Sampling
+from serve.engine.job import BEGUN, Ticket
+from serve.engine.residency import PlugInCache
+from serve.engine.sampling import Sampler
 from serve.failures import ApiError
 from serve.wire.completions import Choice, CompletionRequest, Logprobs, Usage
 
@@ -34,9 +40,10 @@ def ask(engine: GenerationEngine, **fields: Any) -> tuple[list[Choice], Usage]:
         if piece.logprobs:
             assert choice.logprobs is not None
             choice.logprobs.extend(piece.logprobs)
+        assert usage is None
         usage = chunk.usage
     assert usage is not None
-    return list(choices.values()), usage
+    return [choices[index] for index in sorted(choices)], usage
 
 
 def text_of(engine: GenerationEngine, **fields: Any) -> str:
@@ -95,11 +102,15 @@ def test_many_byte_characters_stream_whole(
     engine: GenerationEngine, base: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     # Only the three bytes of one character may be chosen, so whole characters and broken ones come.
-    bias = dict.fromkeys(tokens_of("漢"), 100.0)
-    steps = decode(base, tokens_of("x"), Sampler(Sampling(logit_bias=bias), seed=5))
-    expected = tokenizer.decode([token for token, _ in islice(steps, 60)])
-    fields = {"model": "tiny", "prompt": "x", "max_tokens": 60, "logit_bias": {str(k): v for k, v in bias.items()}}
-    request = CompletionRequest.model_validate({**fields, "seed": 5})
+    bias = {str(token): 100.0 for token in tokens_of("漢")}
+    fields = {"model": "tiny", "prompt": "x", "max_tokens": 60, "logit_bias": bias, "seed": 5, "stream": True}
+    request = CompletionRequest.model_validate({**fields, "logprobs": 0})
+    sampler = Sampler(engine.prepare(request).sampling, seed=5)
+    ids = tokens_of("x")
+    with torch.inference_mode():
+        for _ in range(60):
+            ids.append(sampler.pick(base(input_ids=torch.tensor([ids])).logits[0, -1]))
+    expected = tokenizer.decode(ids[1:])
     pieces = [chunk.choice.text for chunk in engine.complete(request)]
     assert "".join(pieces) == expected
     assert {letter for piece in pieces[:-1] for letter in piece if piece.endswith(letter)} == set(expected) - {"\ufffd"}
@@ -151,24 +162,35 @@ def test_echo_with_logprobs_scores_the_prompt(engine: GenerationEngine, base: Pr
         assert math.exp(value) <= 1
 
 
-def test_closing_ends_the_work_within_one_token(engine: GenerationEngine, base: PreTrainedModel) -> None:
-    forwards = 0
+def test_closing_ends_the_work_within_one_token(engine: GenerationEngine) -> None:
+    model, permits = engine._cache.many.model, threading.Semaphore(0)
 
-    def count(*_: object) -> None:
-        nonlocal forwards
-        forwards += 1
+    def wait(*_: object) -> None:
+        permits.acquire(timeout=60)
 
-    hook = base.register_forward_hook(count)
+    hook = model.register_forward_pre_hook(wait)
     try:
         request = CompletionRequest.model_validate(
-            {"model": "tiny", "prompt": "x", "max_tokens": 100, "logit_bias": PLAIN_TEXT}
+            {"model": "tiny", "prompt": "x", "max_tokens": 100, "stream": True, "logit_bias": PLAIN_TEXT}
         )
+        permits.release(3)
         with closing(engine.complete(request)) as chunks:
             for _ in range(3):
                 next(chunks)
+        # The fourth pass may have begun when the client left; it is the last.
+        permits.release(100)
+        wait_until(lambda: engine.stats().rows == 0)
+        assert engine.stats().tokens <= 4
     finally:
+        permits.release(100)
         hook.remove()
-    assert forwards == 3
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 @pytest.mark.parametrize(
@@ -208,3 +230,148 @@ def test_withdrawn_between_check_and_load_is_not_found(engine: GenerationEngine,
 def test_empty_prompt_begins_a_document(engine: GenerationEngine) -> None:
     assert ask(engine, prompt="", temperature=0) == ask(engine, prompt=None, temperature=0)
     assert ask(engine, prompt="")[1].prompt_tokens == 1
+
+
+def by_hand(engine: GenerationEngine) -> Batcher:
+    """The engine's batch without a thread of its own: the test makes each pass."""
+    batcher = engine._batcher
+    batcher._thread = threading.current_thread()
+    return batcher
+
+
+def hand_in(engine: GenerationEngine, asker: str, heard: list[Any], **fields: Any) -> Ticket:
+    plain = {"model": "tiny", "prompt": "Hello", "temperature": 0, "logit_bias": PLAIN_TEXT}
+    return engine.submit(
+        engine.prepare(CompletionRequest.model_validate({**plain, **fields})),
+        lambda told: None if told is BEGUN else heard.append(told),
+        asker,
+    )
+
+
+def passes(batcher: Batcher, done: Callable[[], bool]) -> None:
+    def once() -> bool:
+        batcher._pass()
+        return done()
+
+    wait_until(once)
+
+
+def test_one_that_does_not_fit_and_lacks_room_for_its_adapter_freezes_nobody(
+    base: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.engine.batching._PATIENCE_S", 0.0)
+    cache = PlugInCache("tiny", base, shelf, max_plug_ins=1)
+    engine = GenerationEngine(tokenizer, cache, limits=BatchLimits(rows=8, tokens=125))
+    batcher, heard = by_hand(engine), []
+    hand_in(engine, "owner", heard, max_tokens=30)
+    batcher._pass()
+    hand_in(engine, "anna", heard, model="ft:tiny:anna", max_tokens=5)
+    # Does not fit beside the others, and anna's adapter has the only place.
+    hand_in(engine, "ben", heard, model="ft:tiny:ben", max_tokens=115)
+    hand_in(engine, "owner", heard, max_tokens=3)
+    passes(batcher, lambda: len(heard) == 4)
+    assert all(isinstance(told, tuple) for told in heard)
+
+
+def test_a_cancel_in_the_midst_of_a_sweep_takes_rows_and_adapter_together(engine: GenerationEngine) -> None:
+    batcher, heard = by_hand(engine), []
+    anna = hand_in(engine, "anna", heard, model="ft:tiny:anna", max_tokens=50)
+    passes(batcher, lambda: len(engine._batch) == 1)
+    remove = batcher._turns.remove
+
+    def cancelled_meanwhile(wanted: Callable[[Ticket], bool]) -> list[Ticket]:
+        anna.over = True
+        return remove(wanted)
+
+    batcher._turns.remove = cancelled_meanwhile  # type: ignore[method-assign]
+    stopped = hand_in(engine, "owner", heard, max_tokens=50)
+    stopped.cancel()
+    batcher._sweep()
+    assert anna.over
+    assert (anna in batcher._held) == (anna in [row.ticket for row in engine._batch.rows])
+    batcher._sweep()
+    assert not batcher._held
+    assert not len(engine._batch)
+
+
+@pytest.mark.parametrize("fails", ["echo", "prompt"])
+def test_a_request_that_cannot_be_read_fails_alone(engine: GenerationEngine, fails: str) -> None:
+    batcher, heard = by_hand(engine), {"running": [], "bad": [], "beside": []}
+    hand_in(engine, "a", heard["running"], max_tokens=8)
+    batcher._pass()
+
+    def full(_: object, args: object, inputs: dict[str, Any]) -> None:
+        if (inputs["input_ids"] == tokens_of("~")[0]).any():
+            raise MemoryError
+
+    engine._batch._many.model.register_forward_pre_hook(full, with_kwargs=True)
+    hand_in(engine, "b", heard["bad"], prompt="~~~", echo=fails == "echo", logprobs=1, max_tokens=4)
+    hand_in(engine, "c", heard["beside"], prompt="Hi", max_tokens=4)
+    passes(batcher, lambda: all(heard.values()))
+    assert all(isinstance(heard[name][0], tuple) for name in ("running", "beside"))
+    assert isinstance(heard["bad"][0], ApiError)
+    assert heard["bad"][0].status == 500
+
+
+def test_a_failed_step_is_told_to_each_by_an_error_of_its_own(
+    engine: GenerationEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(engine._batch, "step", broken)
+    first, second = [], []
+    hand_in(engine, "a", first, max_tokens=9)
+    hand_in(engine, "b", second, max_tokens=9)
+    wait_until(lambda: bool(first and second))
+    assert isinstance(first[0], ApiError)
+    assert isinstance(second[0], ApiError)
+    assert first[0] is not second[0]
+
+
+def test_long_prompts_are_echoed_in_stretches_and_once(
+    engine: GenerationEngine, base: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.engine.scoring._ROWS", 16)
+    read: list[tuple[int, bool]] = []
+
+    def note(_: object, args: object, inputs: dict[str, Any]) -> None:
+        read.append((inputs["input_ids"].shape[1], "logits_to_keep" in inputs))
+
+    engine._batch._many.model.register_forward_pre_hook(note, with_kwargs=True)
+    prompt = [2 + place % 200 for place in range(50)]
+    choices, _ = ask(engine, prompt=prompt, echo=True, max_tokens=1, logprobs=0, n=3)
+    assert [width for width, one in read if not one] == [16, 16, 16, 1]
+    with torch.inference_mode():
+        expected = torch.log_softmax(base(input_ids=torch.tensor([prompt])).logits[0], -1)
+    for choice in choices:
+        assert choice.logprobs is not None
+        got = [value for value in choice.logprobs.token_logprobs[1:50] if value is not None]
+        assert got == pytest.approx([expected[i, prompt[i + 1]].item() for i in range(49)], abs=1e-4)
+
+
+def test_a_probe_that_nobody_waits_for_any_more_ends_nothing(engine: GenerationEngine) -> None:
+    batcher, heard = by_hand(engine), []
+    hand_in(engine, "a", heard, max_tokens=3)
+    batcher._pass()
+    assert engine.probe().cancel()
+    last = engine.probe()
+    passes(batcher, lambda: bool(heard))
+    assert isinstance(heard[0], tuple)
+    assert last.result(60) is None
+
+
+@pytest.mark.parametrize(
+    ("needs", "most"),
+    [([(5, 3)], 8), ([(5, 3), (5, 3)], 16), ([(10, 1000), (10, 5), (10, 5)], 1010), ([(100, 1), (1, 60)], 202)],
+)
+def test_rows_are_counted_while_they_are_there(needs: list[tuple[int, int]], most: int) -> None:
+    assert most_cells(needs) == most
+
+
+def test_an_engine_accepts_all_that_may_wait_in_it() -> None:
+    model = {"name": "tiny", "source": "."}
+    config = ServeConfig.model_validate({"model": model})
+    assert config.max_ongoing_requests >= config.max_concurrent + config.max_waiting + 32
+    with pytest.raises(ValidationError, match="max_ongoing_requests is 64"):
+        ServeConfig.model_validate({"model": model, "max_ongoing_requests": 64})

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ot_ray.errors import NotFoundError, SplitError, StoreUnavailableError
 from ot_ray.model import adapter_state, plug_in
 from ot_ray.model.families import layers_of
+from serve.engine.plug_ins import PlugIn
 from serve.engine.residency import PlugInCache
 from serve.failures import BusyError
 
@@ -185,15 +186,98 @@ def test_catalogue_is_read_at_most_every_refresh_s_and_outages_are_bridged(base:
     now = [100.0]
     shelf.error = StoreUnavailableError("down")
     cache = PlugInCache(BASE, base, shelf, refresh_s=10, clock=lambda: now[0])
-    with pytest.raises(StoreUnavailableError):
-        cache.plug_ins()
+    readers = (cache.plug_ins, lambda: cache.find("ft:tiny:anna"))
+    for read in readers:
+        with pytest.raises(StoreUnavailableError):
+            read()
     shelf.error = None
-    assert len(cache.plug_ins()) == 2
-    readings = shelf.readings
-    now[0] += 9.9
-    cache.plug_ins()
-    assert shelf.readings == readings
-    shelf.error = StoreUnavailableError("down")
-    now[0] += 0.2
-    assert len(cache.plug_ins()) == 2
-    assert shelf.readings == readings + 1
+    for read in readers:
+        before = shelf.readings
+        expected = read()
+        now[0] += 9.9
+        assert read() == expected
+        assert shelf.readings == before + 1
+        shelf.error = StoreUnavailableError("down")
+        now[0] += 0.2
+        assert read() == expected
+        assert shelf.readings == before + 2
+        shelf.error = None
+    # That there is no such model is a reading too.
+    before = shelf.readings
+    for _ in range(3):
+        with pytest.raises(NotFoundError):
+            cache.find("ft:tiny:nobody")
+    assert shelf.readings == before + 1
+
+
+def test_evicted_adapters_come_back_from_the_host_and_then_from_the_store(base: PreTrainedModel) -> None:
+    shelf = Shelf(base, ["a", "b", "c"])
+    cache = PlugInCache(BASE, base, shelf, max_plug_ins=1, max_host_plug_ins=2)
+    for tenant in "ababcca":
+        with cache.use(f"ft:tiny:{tenant}") as model:
+            assert torch.equal(logits(model), logits(plug_in(base, PLAN, shelf.states[f"ft:tiny:{tenant}"])))
+    assert cache.hits == {"device": 1, "host": 2, "store": 4}
+    assert shelf.loads == {"ft:tiny:a": 2, "ft:tiny:b": 1, "ft:tiny:c": 1}
+
+
+def test_one_that_waits_for_room_gets_it_though_the_others_go_on(base: PreTrainedModel, shelf: Shelf) -> None:
+    cache = PlugInCache(BASE, base, shelf, max_plug_ins=1)
+    anna, ben = cache.find("ft:tiny:anna"), cache.find("ft:tiny:ben")
+    assert anna is not None
+    assert ben is not None
+    first, second = cache.try_hold(anna), cache.try_hold(anna)
+    assert first is second is not None
+    assert first.model.result(60)
+    assert cache.try_hold(ben) is None
+    # From now on nobody else gets in before the one that waits.
+    assert cache.try_hold(anna) is None
+    cache.release(first)
+    assert cache.try_hold(ben) is None
+    cache.release(first)
+    assert cache.try_hold(anna) is None
+    held = cache.try_hold(ben)
+    assert held is not None
+    assert cache.resident() == ["ft:tiny:ben"]
+    cache.release(held)
+    assert held.model.result(60)
+    assert cache.try_hold(anna) is not None
+
+
+def test_a_store_that_hangs_holds_one_reader(base: PreTrainedModel, shelf: Shelf) -> None:
+    cache = PlugInCache(BASE, base, shelf, refresh_s=0)
+    known = cache.find("ft:tiny:anna")
+    hangs, goes_on, find, reads = threading.Event(), threading.Event(), shelf.find, []
+
+    def hanging(name: str) -> PlugIn:
+        reads.append(name)
+        hangs.set()
+        assert goes_on.wait(60)
+        return find(name)
+
+    shelf.find = hanging  # type: ignore[method-assign]
+    with ThreadPoolExecutor(3) as threads:
+        try:
+            first = threads.submit(cache.find, "ft:tiny:anna")
+            assert hangs.wait(60)
+            assert threads.submit(cache.find, "ft:tiny:anna").result(60) == known
+            assert reads == ["ft:tiny:anna"]
+        finally:
+            goes_on.set()
+        assert first.result(60) == known
+
+
+def test_a_load_that_gets_no_thread_leaves_nothing_behind(
+    base: PreTrainedModel, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = PlugInCache(BASE, base, shelf, max_plug_ins=1)
+
+    def refused(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("threading.Thread.start", refused)
+        with pytest.raises(RuntimeError, match="new thread"), cache.use("ft:tiny:anna"):
+            pass
+    assert cache.resident() == []
+    with cache.use("ft:tiny:ben"):
+        assert cache.resident() == ["ft:tiny:ben"]

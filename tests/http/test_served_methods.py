@@ -16,7 +16,7 @@ from ot_ray.store import open_store
 from serve.api import create_api
 from serve.engine.backend import LocalBackend
 from serve.engine.generation import GenerationEngine
-from serve.engine.plug_ins import RegistryCatalogue
+from serve.engine.plug_ins import RegistryPlugIns
 from serve.engine.residency import PlugInCache
 
 
@@ -61,7 +61,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 def client(
     base: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, ids: dict[str, str], store: str
 ) -> Iterator[TestClient]:
-    cache = PlugInCache(BASE, base, RegistryCatalogue(Registry(open_store(store)), BASE), refresh_s=0)
+    cache = PlugInCache(BASE, base, RegistryPlugIns(Registry(open_store(store)), BASE), refresh_s=0)
     with TestClient(create_api(service_over(LocalBackend(GenerationEngine(tokenizer, cache))))) as client:
         yield client
 

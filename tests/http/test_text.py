@@ -49,3 +49,19 @@ def test_nothing_of_a_stop_string_passes(stops: list[str], text: str, passed: st
             break
     assert out + filtered.flush() == passed
     assert filtered.stopped == (passed != text)
+
+
+@pytest.mark.parametrize("data", [b"\x80" * 200 + b"end", b"\xe6\xbc" * 90, b"ab" + b"\xf0\x9f" * 60 + "漢".encode()])
+def test_bytes_that_end_no_character_are_not_held_forever(tokenizer: PreTrainedTokenizerFast, data: bytes) -> None:
+    reader = Detokenizer(tokenizer, [])
+    text = ""
+    for token in tokens_of(data):
+        text += reader.push(token)
+        assert len(reader._ids) - reader._released <= 64
+    assert text + reader.flush() == tokenizer.decode(tokens_of(data)) == data.decode(errors="replace")
+
+
+def test_tokens_without_text_are_not_held_forever(tokenizer: PreTrainedTokenizerFast) -> None:
+    reader = Detokenizer(tokenizer, tokens_of("x"))
+    assert "".join(reader.push(token) for token in [1] * 200 + tokens_of("é") + [1] * 200) == "é"
+    assert len(reader._ids) < 160

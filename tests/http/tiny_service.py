@@ -126,11 +126,26 @@ class Shelf:
         self.error: Exception | None = None
         self._lock = threading.Lock()
 
-    def current(self) -> Sequence[PlugIn]:
+    def served(self, tenant: str | None) -> Sequence[PlugIn]:
+        self._read()
+        return [self._plug_in(key) for key in self.states if tenant in (None, key.split(":")[2])]
+
+    def find(self, name: str) -> PlugIn:
+        self._read()
+        return self.candidate(name)
+
+    def candidate(self, model_id: str) -> PlugIn:
+        if model_id not in self.states:
+            raise NotFoundError(model_id)
+        return self._plug_in(model_id)
+
+    def _read(self) -> None:
         self.readings += 1
         if self.error is not None:
             raise self.error
-        return [PlugIn(model_id, PLAN, 1700000000, model_id.split(":")[2]) for model_id in self.states]
+
+    def _plug_in(self, model_id: str) -> PlugIn:
+        return PlugIn(model_id, PLAN, 1700000000, model_id.split(":")[2])
 
     def load_state(self, model_id: str) -> Mapping[str, torch.Tensor]:
         with self._lock:
