@@ -5,6 +5,7 @@ Knows a `Service` and nothing of Ray, so that it runs the same under any ASGI se
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,12 +15,30 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from ot_ray.errors import OTRayError
+from serve.documentation import document
 from serve.failures import ApiError, api_error
-from serve.middleware import BodyLimit, RequestId
-from serve.routes import completions, health, models
+from serve.middleware import BodyLimit, RequestId, Upload
+from serve.routes import (
+    audit,
+    chat,
+    completions,
+    files,
+    fine_tuning,
+    health,
+    keys,
+    models,
+    offsite,
+    offsite_adapters,
+    webhooks,
+)
+from serve.routes.uploads import ROOM
 from serve.service import Service
 
 _log = logging.getLogger(__name__)
+
+_FILES, _PIECES = re.compile(r"/v1/files"), re.compile(r"/v1/offsite/adapters/[^/]+/files/[^/]+")
+_OPEN = (models, completions, chat, health)
+_OF_TENANTS = (files, fine_tuning, offsite_adapters, offsite, webhooks, keys, audit)
 
 
 def create_api(service: Service, *, answer_request_id: bool = True) -> FastAPI:
@@ -30,12 +49,18 @@ def create_api(service: Service, *, answer_request_id: bool = True) -> FastAPI:
     """
     api = FastAPI(title="Offsite tuning", docs_url=None, redoc_url=None)
     api.state.service = service
-    for resource in (models, completions, health):
+    for resource in _OPEN if service.catalogue is None else (*_OPEN, *_OF_TENANTS):
         api.include_router(resource.router)
+    document(api, keys=service.catalogue is not None)
     api.add_exception_handler(RequestValidationError, _on_invalid)
     api.add_exception_handler(HTTPException, _on_http_error)
     api.add_exception_handler(OTRayError, _on_error)
-    api.add_middleware(BodyLimit, limit=service.settings.max_body_bytes)
+    settings = service.settings
+    uploads = [
+        Upload("POST", _FILES, settings.files.max_bytes + ROOM),
+        Upload("PUT", _PIECES, settings.offsite.piece_bytes),
+    ]
+    api.add_middleware(BodyLimit, limit=settings.max_body_bytes, uploads=uploads, patience=settings.patience)
     api.add_middleware(RequestId, answer=answer_request_id)
     return api
 

@@ -6,13 +6,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from ot_ray.errors import OTRayError, StoreUnavailableError
+from ot_ray.errors import OTRayError, StoreFullError, StoreUnavailableError
 
 _RETRIED = frozenset({408, 429, 500, 503})
+_LONGEST = 4000
 
 
 class BusyError(OTRayError, TimeoutError):
     """Everything that could serve the request stayed in use for longer than requests wait."""
+
+
+class DatabaseUnavailableError(OTRayError, ConnectionError):
+    """The service's database did not answer."""
 
 
 class ApiError(OTRayError, RuntimeError):
@@ -44,13 +49,16 @@ class ApiError(OTRayError, RuntimeError):
         kind = {429: "rate_limit_error"}.get(
             self.status, "server_error" if self.status >= 500 else "invalid_request_error"
         )
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        param = None if self.param is None else _plain(self.param)
+        return {"error": {"message": _plain(self.message), "type": kind, "param": param, "code": self.code}}
 
     @property
     def headers(self) -> dict[str, str]:
         """Tell clients whether to try again: their own rule would repeat some errors that stay."""
         if self.retry_after_s is not None:
             return {"retry-after": str(self.retry_after_s)}
+        if self.status == 401:
+            return {"www-authenticate": "Bearer", "x-should-retry": "false"}
         return {} if self.status in _RETRIED else {"x-should-retry": "false"}
 
 
@@ -69,8 +77,18 @@ def api_error(error: BaseException) -> ApiError:
         return error
     if isinstance(error, BusyError):
         return ApiError(str(error), status=503, code="overloaded", retry_after_s=2)
+    if isinstance(error, DatabaseUnavailableError):
+        return ApiError(str(error), 503, "unavailable", retry_after_s=2)
     if isinstance(error, StoreUnavailableError):
         return ApiError(
-            "The registry of models cannot be read at the moment; try again.", 503, "unavailable", retry_after_s=5
+            "The service's store does not answer at the moment; try again.", 503, "unavailable", retry_after_s=5
         )
+    if isinstance(error, StoreFullError):
+        return ApiError("The service's store is full at the moment; try again.", 503, "unavailable", retry_after_s=30)
     return ApiError("The server failed to answer this request; try again, or report its x-request-id.", 500)
+
+
+def _plain(text: str) -> str:
+    """A text that may quote a request: of bounded length, and without what acts on a terminal or is no UTF-8."""
+    cut = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in cut)
