@@ -32,7 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _serve(config: ServeConfig, address: str | None) -> None:
     require_free_port(config.host, config.port)
-    with ray_cluster(address, dashboard=False, show_logs=False):
+    # Tuning jobs are submitted to the Jobs API, which is part of the dashboard.
+    submits = config.database is not None and config.jobs.launcher == "ray-jobs"
+    with ray_cluster(address, dashboard=submits, show_logs=False):
         # After the cluster, which brings handlers of its own: a stop from outside ends as Ctrl-C does. Shells
         # start background commands with SIGINT ignored.
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -12,9 +12,12 @@ from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
 from ot_ray.config import parse
+from ot_ray.store import open_store
 from serve.api import create_api
+from serve.catalogue import Catalogue
 from serve.config import ServeConfig
 from serve.remote import Engine, RemoteBackend
+from serve.remote_controller import JobController
 from serve.service import Service
 
 # The ingress only passes bytes on, so it takes all that the engines and their queue can hold.
@@ -23,13 +26,24 @@ _INGRESS_REQUESTS = 10_000
 
 @ray_serve.ingress()
 class Api:
-    """The HTTP side; Ray's proxy puts the request id on every answer."""
+    """The HTTP side; Ray's proxy puts the request id on every answer.
 
-    def __init__(self, config: ServeConfig, engine: DeploymentHandle) -> None:
+    Args:
+        controller: of a service with a database; it takes no requests, and is here because an application deploys
+            what its ingress is bound to.
+    """
+
+    def __init__(self, config: ServeConfig, engine: DeploymentHandle, controller: DeploymentHandle | None) -> None:
         self._config, self._engine = config, engine
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_api(Service(RemoteBackend(self._engine), self._config), answer_request_id=False)
+        config, catalogue = self._config, None
+        if config.database is not None:
+            catalogue = Catalogue.open(config.database)
+            # The controller may not be there yet.
+            catalogue.migrate()
+        store = open_store(config.store) if config.store is not None else None
+        return create_api(Service(RemoteBackend(self._engine), config, catalogue, store), answer_request_id=False)
 
 
 def build_app(args: dict[str, Any]) -> ray_serve.Application:
@@ -44,15 +58,43 @@ def build_app(args: dict[str, Any]) -> ray_serve.Application:
     config = parse(ServeConfig, args, "the application's args")
     engine = ray_serve.deployment(
         name="Engine",
-        num_replicas=config.engines,
+        **_replicas(config),
         ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
         max_ongoing_requests=config.max_ongoing_requests,
         max_queued_requests=config.max_queued_requests,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=2),
         health_check_timeout_s=60,
         max_constructor_retry_count=1,
+        graceful_shutdown_timeout_s=config.drain_s,
     )(Engine)
     api = ray_serve.deployment(name="Api", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=_INGRESS_REQUESTS)(
         Api
     )
-    return api.bind(config, engine.bind(config))
+    engines = engine.bind(config)
+    return api.bind(config, engines, _controller(config, engines))
+
+
+def _replicas(config: ServeConfig) -> dict[str, Any]:
+    if config.max_engines is None:
+        return {"num_replicas": config.engines}
+    # A batch that is full is the time for another engine.
+    scaling = {
+        "min_replicas": config.engines,
+        "max_replicas": config.max_engines,
+        "target_ongoing_requests": config.max_concurrent,
+    }
+    return {"autoscaling_config": scaling}
+
+
+def _controller(config: ServeConfig, engines: ray_serve.Application) -> ray_serve.Application | None:
+    if config.database is None:
+        return None
+    controller = ray_serve.deployment(
+        name="Controller",
+        num_replicas=1,
+        ray_actor_options={"num_cpus": 0},
+        health_check_period_s=5,
+        health_check_timeout_s=30,
+        graceful_shutdown_timeout_s=10,
+    )(JobController)
+    return controller.bind(config, engines)

@@ -16,9 +16,13 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from ot_ray.errors import OTRayError
 from serve.config import ServeConfig
-from serve.engine.generation import Chunk
+from serve.engine.backend import AnyChunk
+from serve.engine.batching import EngineStats
+from serve.engine.canary import CanaryReport
+from serve.engine.layout import ChatChunk, Chunk
 from serve.engine.loading import load_backend
 from serve.failures import ApiError, api_error
+from serve.wire.chat import ChatRequest
 from serve.wire.completions import CompletionRequest
 from serve.wire.models import ModelCard
 
@@ -29,8 +33,17 @@ class Engine:
     def __init__(self, config: ServeConfig) -> None:
         self._backend = load_backend(config)
 
-    async def models(self) -> list[ModelCard]:
-        return await self._backend.models()
+    async def models(self, tenant: str | None = None) -> list[ModelCard]:
+        return await self._backend.models(tenant)
+
+    async def find_model(self, name: str) -> ModelCard:
+        return await self._backend.find_model(name)
+
+    async def canary(self, model_id: str) -> CanaryReport:
+        return await self._backend.canary(model_id)
+
+    async def stats(self) -> EngineStats:
+        return await self._backend.stats()
 
     async def check_ready(self) -> None:
         await self._backend.check_ready()
@@ -39,14 +52,26 @@ class Engine:
         """Called by Ray Serve, which replaces a replica that raises here again and again."""
         await self._backend.check_ready()
 
-    async def complete(self, request: CompletionRequest) -> AsyncGenerator[Chunk | ApiError, None]:
+    async def complete(self, request: CompletionRequest, asker: str = "") -> AsyncGenerator[Chunk | ApiError, None]:
         """The chunks of an answer; a refusal is the last item, because it is no failure of the replica."""
-        try:
-            async with aclosing(self._backend.complete(request)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
-        except OTRayError as error:
-            yield api_error(error)
+        async with aclosing(_with_refusals(self._backend.complete(request, asker))) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def chat(self, request: ChatRequest, asker: str = "") -> AsyncGenerator[ChatChunk | ApiError, None]:
+        """As `complete`, of a conversation."""
+        async with aclosing(_with_refusals(self._backend.chat(request, asker))) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+
+async def _with_refusals(answer: AsyncGenerator[AnyChunk, None]) -> AsyncGenerator[AnyChunk | ApiError, None]:
+    try:
+        async with aclosing(answer) as chunks:
+            async for chunk in chunks:
+                yield chunk
+    except OTRayError as error:
+        yield api_error(error)
 
 
 class RemoteBackend:
@@ -59,26 +84,56 @@ class RemoteBackend:
     def __init__(self, engine: DeploymentHandle) -> None:
         self._engine = engine
 
-    async def models(self) -> list[ModelCard]:
+    async def models(self, tenant: str | None = None) -> list[ModelCard]:
         with _ray_errors_told():
-            return await self._engine.models.remote()
+            return await self._engine.models.remote(tenant)
+
+    async def find_model(self, name: str) -> ModelCard:
+        with _ray_errors_told():
+            return await self._engine.find_model.remote(name)
+
+    async def canary(self, model_id: str) -> CanaryReport:
+        try:
+            with _ray_errors_told():
+                return await self._engine.canary.remote(model_id)
+        except ApiError as error:
+            # Its caller judges adapters, and is told what is wrong with one, not what a client may know.
+            if isinstance(error.__cause__, RayTaskError) and isinstance(error.__cause__.cause, OTRayError):
+                raise error.__cause__.cause from error
+            raise
+
+    async def stats(self) -> EngineStats:
+        with _ray_errors_told():
+            return await self._engine.stats.remote()
 
     async def check_ready(self) -> None:
         with _ray_errors_told():
             await self._engine.check_ready.remote()
 
-    async def complete(self, request: CompletionRequest) -> AsyncGenerator[Chunk, None]:
-        stream = cast(DeploymentResponseGenerator[Any], self._engine.options(stream=True).complete.remote(request))
-        try:
-            with _ray_errors_told():
-                async for item in stream:
-                    if isinstance(item, ApiError):
-                        raise item
-                    yield item
-        except (asyncio.CancelledError, GeneratorExit):
-            # The client went away: the replica stops too.
-            stream.cancel()
-            raise
+    async def complete(self, request: CompletionRequest, asker: str = "") -> AsyncGenerator[Chunk, None]:
+        async with aclosing(_chunks(self._engine.options(stream=True).complete.remote(request, asker))) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def chat(self, request: ChatRequest, asker: str = "") -> AsyncGenerator[ChatChunk, None]:
+        async with aclosing(_chunks(self._engine.options(stream=True).chat.remote(request, asker))) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+
+async def _chunks(response: Any) -> AsyncGenerator[Any, None]:
+    """What a replica answers, item by item, with its refusals raised."""
+    stream = cast(DeploymentResponseGenerator[Any], response)
+    try:
+        with _ray_errors_told():
+            async for item in stream:
+                if isinstance(item, ApiError):
+                    raise item
+                yield item
+    except (asyncio.CancelledError, GeneratorExit):
+        # The client went away: the replica stops too.
+        stream.cancel()
+        raise
 
 
 @contextmanager
