@@ -48,6 +48,10 @@ class StoreUnavailableError(StoreError, ConnectionError):
     """The store did not answer, after retries with backoff."""
 
 
+class CredentialsExpiredError(StoreError):
+    """The credentials of a job ran out, and no new ones came in time; its next run gets its own."""
+
+
 class ArtifactError(OTRayError, ValueError):
     """A bundle or adapter is malformed, incomplete, changed or not meant for this use."""
 
@@ -62,6 +66,22 @@ class AdapterRejectedError(ArtifactError):
     def __init__(self, message: str, reasons: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.reasons = tuple(reasons) or (message,)
+
+
+class GradientLearningError(OTRayError, ValueError):
+    """Gradient learning was given what does not fit: rows, gradients or an auxiliary of other sites, kind or shape."""
+
+
+class SiteError(GradientLearningError):
+    """A pattern of sites matches nothing, or a module that no auxiliary can stand beside."""
+
+
+class MergeError(GradientLearningError):
+    """An auxiliary cannot become part of the base model's weights."""
+
+
+class NotFiniteError(GradientLearningError):
+    """Inputs, gradients or weights hold NaN or infinity; they were refused, and nothing has changed."""
 
 
 class ServiceError(OTRayError, ConnectionError):

@@ -22,8 +22,8 @@ BASE = 0
 
 
 @dataclass(frozen=True)
-class _Groups:
-    """The rows of one pass, sorted by adapter."""
+class RowGroups:
+    """The rows of one pass, sorted by adapter; `group_rows` makes it."""
 
     rows: int
     adapters: tuple[int, ...]
@@ -34,12 +34,22 @@ class _Groups:
     back: torch.Tensor | None
     """Int64 [B]: the place of each row in that order."""
 
+    def split(self, inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Each adapter's rows of [B, ...], or of [B * T, ...] as OPT's MLP has it; a part is [its rows, T, ...]."""
+        rows = inputs.unflatten(0, (self.rows, -1)) if inputs.shape[0] != self.rows else inputs
+        return (rows if self.order is None else rows[self.order]).split(self.sizes)
+
+    def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """[B, ...]: the rows that `split` made parts of, where they were."""
+        output = torch.cat(list(parts))
+        return output if self.back is None else output[self.back]
+
 
 class _Pass:
     """What the grouped modules of one model know of the pass that runs."""
 
     def __init__(self) -> None:
-        self.groups = _Groups(0, (BASE,), (0,), None, None)
+        self.groups = RowGroups(0, (BASE,), (0,), None, None)
 
 
 class RowGrouped(nn.Module):
@@ -60,15 +70,9 @@ class RowGrouped(nn.Module):
         groups = self._current.groups
         if len(groups.adapters) == 1:
             return self.adapters.get(groups.adapters[0], self.base)(inputs)
-        folded = inputs.shape[0] != groups.rows
-        rows = inputs.unflatten(0, (groups.rows, -1)) if folded else inputs
-        parts = (rows if groups.order is None else rows[groups.order]).split(groups.sizes)
-        output = torch.cat(
-            [self.adapters.get(adapter, self.base)(part) for adapter, part in zip(groups.adapters, parts, strict=True)]
-        )
-        if groups.back is not None:
-            output = output[groups.back]
-        return output.flatten(0, 1) if folded else output
+        parts = zip(groups.adapters, groups.split(inputs), strict=True)
+        output = groups.join([self.adapters.get(adapter, self.base)(part) for adapter, part in parts])
+        return output.flatten(0, 1) if inputs.shape[0] != groups.rows else output
 
 
 class MultiAdapter:
@@ -100,7 +104,7 @@ class MultiAdapter:
         self._grouped: dict[int, dict[str, RowGrouped]] = {}
         self._positions: dict[int, list[int]] = {}
         self._next = BASE + 1
-        self._last: tuple[tuple[int, ...], _Groups] | None = None
+        self._last: tuple[tuple[int, ...], RowGroups] | None = None
 
     def attach(self, plugged: PreTrainedModel, plan: SplitPlan) -> int:
         """Take in the adapter layers of a plug-in model of this base, as `plug_in` made it.
@@ -142,16 +146,16 @@ class MultiAdapter:
         Raises:
             KeyError: an index that is not attached.
         """
-        if unknown := {*adapters} - {BASE, *self._positions}:
+        if unknown := {adapter for adapter in adapters if adapter != BASE and adapter not in self._positions}:
             raise KeyError(f"adapters {sorted(unknown)} are not attached")
         with self._running:
             self._current.groups = self._group(tuple(adapters))
             return self.model(**inputs)
 
-    def _group(self, adapters: tuple[int, ...]) -> _Groups:
+    def _group(self, adapters: tuple[int, ...]) -> RowGroups:
         # Steps of decoding come with the same rows again and again.
         if self._last is None or self._last[0] != adapters:
-            self._last = (adapters, _groups(adapters, self.model.device))
+            self._last = (adapters, group_rows(adapters, self.model.device))
         return self._last[1]
 
     def _grouped_leaves(self, position: int) -> dict[str, RowGrouped]:
@@ -182,11 +186,12 @@ def leaf_names(layer: nn.Module) -> Iterator[str]:
             yield name
 
 
-def _groups(adapters: tuple[int, ...], device: torch.device) -> _Groups:
+def group_rows(adapters: Sequence[int], device: torch.device) -> RowGroups:
+    """Group rows, given the adapter index of each."""
     order = sorted(range(len(adapters)), key=adapters.__getitem__)
     kinds = sorted(set(adapters))
     sizes = tuple(adapters.count(kind) for kind in kinds)
     if order == list(range(len(adapters))):
-        return _Groups(len(adapters), tuple(kinds), sizes, None, None)
+        return RowGroups(len(adapters), tuple(kinds), sizes, None, None)
     places = torch.tensor(order, device=device)
-    return _Groups(len(adapters), tuple(kinds), sizes, places, places.argsort())
+    return RowGroups(len(adapters), tuple(kinds), sizes, places, places.argsort())
