@@ -10,6 +10,7 @@ from ot_ray.store.open import open_store
 from ot_ray.store.patient import PatientStore
 from ot_ray.store.s3 import S3Store
 from ot_ray.store.s3_address import S3Address
+from ot_ray.store.s3_renewal import renewed
 from ot_ray.store.scoped import scoped
 from ot_ray.store.transfer import download_folder, upload_folder
 
@@ -22,6 +23,7 @@ __all__ = [
     "Store",
     "download_folder",
     "open_store",
+    "renewed",
     "scoped",
     "upload_folder",
 ]

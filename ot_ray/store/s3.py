@@ -25,7 +25,8 @@ from ot_ray.store.base import (
 )
 from ot_ray.store.partial import chunks_of, disk_errors, save
 from ot_ray.store.s3_address import S3Address
-from ot_ray.store.s3_failures import PreconditionFailedError, RangeBeyondEndError, Retry, load_boto3
+from ot_ray.store.s3_failures import PreconditionFailedError, RangeBeyondEndError, Retry
+from ot_ray.store.s3_session import CredentialsFile, boto_session
 
 _MOST_PARTS = 10_000  # S3's limit for one upload
 _LONGEST_CONNECT = 10.0  # seconds
@@ -40,11 +41,14 @@ class S3Store:
     """
 
     url: str
+    credentials: CredentialsFile | None
+    """Where requests find what they are signed with, if not where boto3 looks."""
 
     def __init__(self, address: S3Address) -> None:
         self.address = address
         self.url = address.url
-        self._retry = Retry(address.attempts, address.base_delay)
+        self.credentials = file = CredentialsFile(address.credentials) if address.credentials else None
+        self._retry = Retry(address.attempts, address.base_delay, file and file.key_id)
         self._client: Any = None
         self._opening = Lock()
         self._bucket_seen = False
@@ -144,11 +148,10 @@ class S3Store:
     def _connect(self) -> Any:
         with self._opening:
             if self._client is None:
-                boto3 = load_boto3()
-                self._client = self._retry(lambda: self._open(boto3), f"cannot open {self._place('')}")
+                self._client = self._retry(self._open, f"cannot open {self._place('')}")
         return self._client
 
-    def _open(self, boto3: Any) -> Any:
+    def _open(self) -> Any:
         from botocore.config import Config
 
         address = self.address
@@ -161,8 +164,7 @@ class S3Store:
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
         )
-        # A session of its own, since boto3's shared one may not be built by two threads at once.
-        return boto3.session.Session().client(
+        return boto_session(self.credentials).client(
             "s3", endpoint_url=address.endpoint_url, region_name=address.region, config=options
         )
 

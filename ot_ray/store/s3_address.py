@@ -38,6 +38,9 @@ class S3Address(Config):
     """Seconds before the second attempt; doubled for each further one, then shortened at random."""
     timeout: float = Field(default=60.0, gt=0)
     """Seconds to wait for each piece of an answer; a connection is waited for 10 s at most."""
+    credentials: str | None = Field(default=None, min_length=1)
+    """File of credentials as a tuning job is given it, which is renewed while it is used; without it boto3's own
+    configuration counts."""
     part_size: int = Field(default=16 * _MIB, ge=5 * _MIB, le=1024 * _MIB)
     """Bytes of one range of a download and one part of an upload; S3 takes no part under 5 MiB."""
 

@@ -1,6 +1,6 @@
 """What boto3's failures mean, and the one place that tries again.
 
-Which requests are sent is left to `s3`; boto3 is imported there, before any of its failures can occur."""
+Which requests are sent is left to `s3`; boto3 is imported before any of its failures can occur."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from ot_ray.errors import (
+    CredentialsExpiredError,
     MissingDependencyError,
     NotFoundError,
     StoreError,
@@ -44,6 +45,8 @@ _CREDENTIALS = {
     "SignatureDoesNotMatch",
     "TokenRefreshRequired",
 }
+# S3 answers so to a HEAD with credentials that are over, which has no body to say it.
+_BARE = "400"
 
 
 class PreconditionFailedError(StoreError):
@@ -64,10 +67,15 @@ def load_boto3() -> Any:
 
 
 class Retry:
-    """Sends a request until it is answered, with exponential backoff and jitter between attempts."""
+    """Sends a request until it is answered, with exponential backoff and jitter between attempts.
 
-    def __init__(self, attempts: int, base_delay: float) -> None:
-        self._attempts, self._base_delay = attempts, base_delay
+    Args:
+        key_id: tells which credentials a request is signed with, where others may take their place at any time; one
+            that was refused is then sent again if they did.
+    """
+
+    def __init__(self, attempts: int, base_delay: float, key_id: Callable[[], str] | None = None) -> None:
+        self._attempts, self._base_delay, self._key_id = attempts, base_delay, key_id
 
     def __call__(self, request: Callable[[], T], task: str) -> T:
         """The answer to `request`.
@@ -77,17 +85,24 @@ class Retry:
 
         Raises:
             StoreUnavailableError: every attempt failed for a reason that could have passed.
+            CredentialsExpiredError: the credentials are over, and no others took their place.
             StoreError: the answer is final; nothing was tried again.
+            MissingDependencyError: boto3 is not installed.
         """
+        load_boto3()
         from botocore.exceptions import BotoCoreError, ClientError
         from urllib3.exceptions import HTTPError
 
         attempt = 1
         while True:
+            signed_with = self._key_id and self._key_id()
             try:
                 return request()
             except (BotoCoreError, ClientError, HTTPError) as error:
-                if not _is_transient(error):
+                if self._key_id is not None and _is_refused(error):
+                    if self._key_id() == signed_with:
+                        raise _expired(error, task) from error
+                elif not _is_transient(error):
                     raise _final(error, task) from error
                 if attempt == self._attempts:
                     raise _unavailable(error, task, attempt) from error
@@ -105,6 +120,19 @@ def _is_transient(error: Exception) -> bool:
         code, status = _code(error), _status(error)
         return code in _TRANSIENT or (status >= 500 and status not in (501, 507) and code not in _FULL)
     return isinstance(error, (ConnectionError, HTTPClientError, IncompleteReadError, HTTPError))
+
+
+def _is_refused(error: Exception) -> bool:
+    """Whether the credentials are not taken, at all or any more."""
+    from botocore.exceptions import ClientError
+
+    return isinstance(error, ClientError) and _code(error) in _CREDENTIALS | {_BARE}
+
+
+def _expired(error: Any, task: str) -> CredentialsExpiredError:
+    return CredentialsExpiredError(
+        f"{task}: the credentials are over ({_code(error)}) and were not renewed in time; begin again with new ones"
+    )
 
 
 def _unavailable(error: Exception, task: str, attempts: int) -> StoreUnavailableError:

@@ -26,7 +26,7 @@ from serve.settings.jobs import JobsConfig
 
 CONFIG, PUBLIC_KEY = "config.json", "public.pem"
 _GRACE_S = 120.0
-"""Seconds that a job's process and its credentials have beyond the time limit, to end by itself and say why."""
+"""Seconds that a job's process has beyond the time limit, to end by itself and say why."""
 
 
 def prepare(store: Store, job: Job, settings: JobsConfig, folder: Path) -> JobSpec:
@@ -34,7 +34,7 @@ def prepare(store: Store, job: Job, settings: JobsConfig, folder: Path) -> JobSp
 
     The input is the tenant's training and validation file, copied once, so that they may be deleted meanwhile; and
     the bundle, where the store is a folder (on S3 it is read where it is published). The working folder holds the
-    settings, the public key, and on S3 credentials of short life. The job reads and writes nothing else.
+    settings, the public key, and on S3 credentials of minutes' life. The job reads and writes nothing else.
 
     Args:
         job: validated, so that its hyperparameters are resolved.
@@ -48,20 +48,22 @@ def prepare(store: Store, job: Job, settings: JobsConfig, folder: Path) -> JobSp
     """
     inner = store.inner if isinstance(store, PatientStore) else store
     own = f"jobs/{job.id}"
+    told: Store = inner
     environment = {
         "OMP_NUM_THREADS": str(max(1, math.ceil(settings.cpus))),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
     if isinstance(inner, S3Store):
-        write_credentials(inner, job, settings, folder, settings.time_limit_s + _GRACE_S)
+        write_credentials(inner, job, settings, folder / CREDENTIALS)
+        told = S3Store(inner.address.model_copy(update={"credentials": CREDENTIALS}))
         environment |= _aws_environment(inner)
     for name, file in (("train", job.training_file), ("validation", job.validation_file)):
         if file is not None:
             _copy_once(inner, f"files/{job.tenant_id}/{file}", f"{own}/input/{name}.jsonl")
     if settings.public_key is not None:
         (folder / PUBLIC_KEY).write_bytes(Path(settings.public_key).read_bytes())
-    values = _settings(inner, job, settings)
+    values = {"bundle": _bundle(inner, told, job, settings), **_settings(told, job, settings)}
     (folder / CONFIG).write_text(json.dumps(values, indent=2), encoding="utf-8")
     return JobSpec(
         job_id=job.submission_id or job.id,
@@ -77,12 +79,15 @@ def prepare(store: Store, job: Job, settings: JobsConfig, folder: Path) -> JobSp
 
 
 def _settings(store: Store, job: Job, settings: JobsConfig) -> dict[str, Any]:
-    """The settings of `jobs.tune`."""
+    """The settings of `jobs.tune`, but for the bundle.
+
+    Args:
+        store: as the job addresses it.
+    """
     resolved, own = job.resolved, f"jobs/{job.id}"
     assert resolved is not None, "a job is started after its validation"
     validation = None if job.validation_file is None else {"source": _source(store, f"{own}/input/validation.jsonl")}
     return {
-        "bundle": _bundle(store, job, settings),
         "data": {"source": _source(store, f"{own}/input/train.jsonl"), "format": "jsonl"},
         "validation": validation and {**validation, "format": "jsonl"},
         "sequence_length": settings.sequence_length,
@@ -105,12 +110,12 @@ def _settings(store: Store, job: Job, settings: JobsConfig) -> dict[str, Any]:
     }
 
 
-def _bundle(store: Store, job: Job, settings: JobsConfig) -> dict[str, Any]:
+def _bundle(store: Store, told: Store, job: Job, settings: JobsConfig) -> dict[str, Any]:
     key = {"public_key": PUBLIC_KEY} if settings.public_key is not None else {}
     model, version = job.bundle["model"], job.bundle["version"]
     if not isinstance(store, LocalStore):
         _require_bundle(job, published_manifest(store, model, version))
-        return {"store": store.url, "model": model, "version": version, **key}
+        return {"store": told.url, "model": model, "version": version, **key}
     folder = store.root / "jobs" / job.id / "input/bundle"
     trusted = None if settings.public_key is None else Path(settings.public_key)
     with suppress(AlreadyExistsError):
@@ -143,10 +148,10 @@ def _copy_once(store: Store, source: str, target: str) -> None:
 
 
 def _aws_environment(store: S3Store) -> dict[str, str]:
-    """Where boto3 finds the job's credentials, and no others."""
+    """So that boto3 finds no credentials by itself: those of the job stand in its addresses."""
     region = store.address.region or os.environ.get("AWS_DEFAULT_REGION") or os.environ.get("AWS_REGION")
     return {
-        "AWS_SHARED_CREDENTIALS_FILE": CREDENTIALS,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
         "AWS_CONFIG_FILE": os.devnull,
         "AWS_EC2_METADATA_DISABLED": "true",
         **({"AWS_DEFAULT_REGION": region} if region else {}),

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import configparser
 import json
-import stat
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ot_ray.config import parse
 from ot_ray.errors import AlreadyExistsError, ConfigError, StoreError
-from ot_ray.store import S3Address, S3Store, open_store
-from ot_ray.store.s3_credentials import Credentials, Grant, assume_role, session_policy
+from ot_ray.store import S3Address, S3Store, open_store, scoped
+from ot_ray.store.s3_credentials import Grant, assume_role, session_policy
+from ot_ray.store.s3_session import Credentials
 from serve.catalogue.records import Job
 from serve.controller.credentials import job_grant, write_credentials
 from serve.settings.jobs import JobsConfig
@@ -34,7 +32,8 @@ def test_a_job_may_do_what_it_needs(prefix: str) -> None:
     job = a_job()
     policy, base = policy_of(job, prefix), f"{prefix}/" if prefix else ""
     own = f"{BUCKET}/{base}jobs/{job.id}"
-    for key in ("input/train.jsonl", "events/00000001.json", "output/adapter/manifest.json", "checkpoints/tune/x"):
+    read = ("input/train.jsonl", "events/00000001.json", "output/adapter/manifest.json", "checkpoints/tune/x")
+    for key in (*read, "credentials/1.json"):
         assert allowed(policy, "s3:GetObject", f"{own}/{key}")
     assert allowed(policy, "s3:GetObject", f"{BUCKET}/{base}bundles/tiny/1/model.safetensors")
     for key in ("events/00000001.json", "output/result.json", "checkpoints/tune/step-1/commit.json"):
@@ -64,7 +63,7 @@ def test_and_nothing_else() -> None:
         for action in ("s3:GetObject", "s3:PutObject", "s3:DeleteObject"):
             assert not allowed(policy, action, f"{BUCKET}/{key}"), (action, key)
     # What it was told, and what it has told, it cannot change afterwards.
-    for key in ("input/train.jsonl", "input/config.json"):
+    for key in ("input/train.jsonl", "input/config.json", "credentials/1.json", "credentials/2.json"):
         assert not allowed(policy, "s3:PutObject", f"{own}/{key}")
         assert not allowed(policy, "s3:DeleteObject", f"{own}/{key}")
     for key in ("events/00000001.json", "output/result.json"):
@@ -106,44 +105,34 @@ def test_a_policy_is_short_enough_and_takes_no_patterns() -> None:
 def test_a_token_service_gives_credentials_of_short_life(s3_url: str, tmp_path: Path) -> None:
     store, job, before = open_store(s3_url), a_job(), time.time()
     assert isinstance(store, S3Store)
-    write_credentials(store, job, JobsConfig(role_arn=ROLE, time_limit_s=3600), tmp_path, 3600)
-    path = tmp_path / "credentials"
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    file = configparser.ConfigParser()
-    file.read(path)
-    assert [*file] == ["DEFAULT", "default"]
-    assert set(file["default"]) == {"aws_access_key_id", "aws_secret_access_key", "aws_session_token"}
-    assert all(file["default"].values())
+    # However long the job may take.
+    settings = JobsConfig(role_arn=ROLE, time_limit_s=7 * 24 * 3600)
+    write_credentials(store, job, settings, tmp_path / "file")
+    first = Credentials.decode((tmp_path / "file").read_bytes(), "the file")
+    # Both are of this machine, and the server's clock shows whole seconds.
+    assert before + 890 < first.expires_at < time.time() + 910
+    # What passes between the making and the answer counts as part of the life.
+    assert 600 < first.lasts_s <= 901
+    assert first.renewal == scoped(store, f"jobs/{job.id}/credentials/1.json").url
+    # The same lie where the next ones will.
+    assert store.read(f"jobs/{job.id}/credentials/1.json") == (tmp_path / "file").read_bytes()
     # Not the service's own.
-    assert "test-key" not in path.read_text()
+    assert "test-key" not in (tmp_path / "file").read_text()
     with pytest.raises(AlreadyExistsError):
-        write_credentials(store, job, JobsConfig(role_arn=ROLE, time_limit_s=3600), tmp_path, 3600)
-    session = assume_role(store.address, ROLE, job.id, job_grant(job), 1)
-    # Fifteen minutes are the shortest that AWS gives; the service's clock may be a little behind.
-    assert 890 < session.expires_at - before < 900 + 600
+        write_credentials(store, job, settings, tmp_path / "file")
+    session = assume_role(store.address, ROLE, job.id, job_grant(job))
     assert session.secret_access_key not in repr(session)
     assert session.session_token not in repr(session)
 
 
 def test_what_cannot_be_given_is_refused(s3_url: str, tmp_path: Path) -> None:
-    store, job = open_store(s3_url), a_job()
+    store, job, path = open_store(s3_url), a_job(), tmp_path / "file"
     assert isinstance(store, S3Store)
     with pytest.raises(ConfigError, match=r"jobs\.role_arn is not set"):
-        write_credentials(store, job, JobsConfig(), tmp_path, 3600)
+        write_credentials(store, job, JobsConfig(), path)
     with pytest.raises(ConfigError, match="role_arn is 'jobs'"):
-        write_credentials(store, job, JobsConfig(role_arn="jobs", time_limit_s=3600), tmp_path, 3600)
-    with pytest.raises(ConfigError, match="last 43200 s at most"):
-        write_credentials(store, job, JobsConfig(role_arn=ROLE, time_limit_s=3600), tmp_path, 13 * 3600)
-    with pytest.raises(ConfigError, match=r"time_limit_s is 86400.*twelve hours"):
-        parse(JobsConfig, {"role_arn": ROLE, "time_limit_s": 86400}, "the test")
+        write_credentials(store, job, JobsConfig(role_arn="jobs"), path)
     with pytest.raises(ConfigError, match="session is"):
-        assume_role(store.address, ROLE, "a b", Grant(), 900)
+        assume_role(store.address, ROLE, "a b", Grant())
     assert not [*tmp_path.iterdir()]
-
-
-def test_credentials_are_written_once_and_for_their_owner(tmp_path: Path) -> None:
-    session = Credentials("id", "secret", "token", 0)
-    session.write(tmp_path / "file")
-    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o600
-    with pytest.raises(AlreadyExistsError):
-        session.write(tmp_path / "file")
+    assert not [*store.list()]
