@@ -19,7 +19,7 @@ from jobs.tuning.search import tune_with_search
 from jobs.tuning.work import Work, open_work, tune_adapter
 from ot_ray.client import Client, service_of
 from ot_ray.progress import Progress
-from ot_ray.store import open_store, upload_folder
+from ot_ray.store import open_store, renewed, upload_folder
 from ot_ray.training import Checkpoints
 
 __all__ = ["TuneConfig", "run"]
@@ -28,7 +28,8 @@ __all__ = ["TuneConfig", "run"]
 def run(config: TuneConfig) -> dict[str, Any]:
     """Tune the adapter of a bundle and write what was tuned."""
     if config.events is not None:
-        return _tune_watched(config)
+        with renewed(open_store(config.output)):
+            return _tune_watched(config)
     require_empty("output", config.output)
     if config.search is not None and config.search.report is not None:
         require_folder("search.report", config.search.report)
@@ -55,19 +56,20 @@ def _sent(config: TuneConfig, folder: Path) -> dict[str, Any]:
 
 def _tune_watched(config: TuneConfig) -> dict[str, Any]:
     limit, watched = TimeLimit(config.time_limit_s), HostedRun(config)
-    if (done := watched.result()) is not None:
-        return done
-    try:
-        with tempfile.TemporaryDirectory() as temporary:
-            work, config = _open(config, Path(temporary))
-            assert isinstance(work, Work)
-            watched.begin(work, config)
-            folder = Path(temporary) / "adapter"
-            tuned = _tune_here(work, config, folder, limit, watched)
-            watched.finish(folder)
-    except Exception as error:
-        watched.failed(error)
-        raise
+    with watched.claim.held():
+        if (done := watched.result()) is not None:
+            return done
+        try:
+            with tempfile.TemporaryDirectory() as temporary:
+                work, config = _open(config, Path(temporary))
+                assert isinstance(work, Work)
+                watched.begin(work, config)
+                folder = Path(temporary) / "adapter"
+                tuned = _tune_here(work, config, folder, limit, watched)
+                watched.finish(folder)
+        except Exception as error:
+            watched.failed(error)
+            raise
     return _told(work, config, tuned)
 
 
@@ -102,7 +104,7 @@ def _tune_here(
             work,
             config,
             folder,
-            checkpoints=_checkpoints(work, config),
+            checkpoints=_checkpoints(work, config, watched),
             report=report,
             **({} if watched is None else {"hooks": watched.hooks}),
         )
@@ -112,13 +114,14 @@ def _shown(figures: Mapping[str, float]) -> dict[str, float]:
     return {name: figures[name] for name in ("loss", "tokens_per_s", "images_per_s") if name in figures}
 
 
-def _checkpoints(work: Work | ImageWork, config: TuneConfig) -> Checkpoints | None:
+def _checkpoints(work: Work | ImageWork, config: TuneConfig, watched: HostedRun | None) -> Checkpoints | None:
     if config.checkpoints is None:
         return None
+    store = open_store(config.checkpoints)
     names = {"method", "lora", "bottleneck", "training", "sequence_length"}
     same = config.model_dump(mode="json", include=names, exclude={"training": {"warmup_share"}})
     return Checkpoints(
-        open_store(config.checkpoints),
+        store if watched is None else watched.claim.guard(store),
         "tune",
         {**same, "bundle_id": work.bundle.bundle_id, "data_digest": work.digest},
         keep=config.training.keep_checkpoints,

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from jobs.tuning.claim import Claim
 from jobs.tuning.config import TuneConfig
 from jobs.tuning.events import Event, EventLog
 from jobs.tuning.length import TrainedTokens, epoch_ends
@@ -51,14 +52,17 @@ class HostedRun:
 
     Under `output` it leaves `step-<n>/`, the adapter after each epoch, as that stands; `adapter/`, the last one;
     `result.csv`, a line for each step that was told; and last `result.json`. A run that was stopped and goes on from
-    its checkpoints tells nothing twice and leaves what stands.
+    its checkpoints tells nothing twice and leaves what stands. Of two that run at once, as when the first was thought
+    dead, the one that started last writes.
     """
 
     def __init__(self, config: TuneConfig) -> None:
         assert config.events is not None
         patience = config.training.store_patience_s
-        self._output: Store = PatientStore(open_store(config.output), patience)
-        self._log = EventLog(PatientStore(open_store(config.events), patience))
+        events = open_store(config.events)
+        self.claim = Claim(events, patience)
+        self._output: Store = PatientStore(self.claim.guard(open_store(config.output)), patience)
+        self._log = EventLog(PatientStore(self.claim.guard(events), patience))
         self._told: set[tuple[str, int]] | None = None
 
     def result(self) -> dict[str, Any] | None:

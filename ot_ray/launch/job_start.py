@@ -1,10 +1,12 @@
-"""Starts a job's command on the node where it runs: with the node's secrets left behind, and a limit on its time.
+"""Starts a job's command on the node where it runs: with the node's secrets left behind, a limit on its time, and no
+life beyond that of whoever started it.
 
 A script of the standard library, `python -m ot_ray.launch.job_start`; what a job may know is said in its spec."""
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import re
 import signal
@@ -20,6 +22,7 @@ SECRETS = re.compile(
 
 _PASSWORD_IN_URL = re.compile(r"://[^/\s@]*:[^/\s@]*@")
 
+_PR_SET_PDEATHSIG = 1
 _RAY = re.compile(r"RAY_ADDRESS|RAY_JOB_CONFIG_JSON_ENV_VAR|RAY_AUTH_.*")
 _RAY_SECRETS = re.compile(r"RAY_AUTH_TOKEN(_PATH)?")
 
@@ -68,6 +71,13 @@ def start_command(
     return [python, "-m", "ot_ray.launch.job_start", *options, "--", *command]
 
 
+def _end_with_parent() -> None:
+    # Ray has a process that watches for the parent's end. It may be killed with the rest of Ray, and waits for ever
+    # where nobody reaps the parent, as under a container's bare first process.
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main(arguments: Sequence[str]) -> None:
     """Become the job's command."""
     parser = argparse.ArgumentParser(prog="python -m ot_ray.launch.job_start", allow_abbrev=False)
@@ -79,6 +89,7 @@ def main(arguments: Sequence[str]) -> None:
     asked = parser.parse_args(arguments)
     fixed = dict(pair.split("=", 1) for pair in asked.set)
     environment = {**job_environment(os.environ, asked.keep, joins_ray=not asked.no_ray), **fixed}
+    _end_with_parent()
     if asked.seconds is not None:
         # The timer stays with the process when it becomes the command.
         signal.alarm(asked.seconds)

@@ -26,6 +26,7 @@ _AGENT_SECONDS = 60.0
 _ANSWER_SECONDS = 120.0
 # Ray gives a job up that was not placed for some minutes (RAY_JOB_START_TIMEOUT_SECONDS of its head).
 _NO_ROOM = "JOB_SUPERVISOR_ACTOR_START_TIMEOUT"
+_COMMAND_FAILED = "JOB_ENTRYPOINT_COMMAND_ERROR"
 _UNKNOWN, _KNOWN = re.compile(r"Job \S+ does not exist"), re.compile(r"submission_id \S+ already exists")
 
 
@@ -83,6 +84,11 @@ class JobLauncher(Protocol):
 
         The same work may be submitted again, under another id.
         """
+        ...
+
+    def exit_status(self, job_id: str) -> int | None:
+        """How a job's command ended by itself: 0 if it succeeded, -n if signal n killed it. None where it did not: it
+        runs, was stopped, could not begin, or was lost with what it ran on."""
         ...
 
     def logs(self, job_id: str) -> AsyncIterator[str]:
@@ -146,7 +152,8 @@ class RayJobLauncher:
             try:
                 with self._refusals(f"job {spec.job_id} was not accepted"):
                     return self._client.submit_job(
-                        entrypoint=shlex.join(command),
+                        # Without `exec`, some shells stay between the command and what ends it with Ray.
+                        entrypoint=f"exec {shlex.join(command)}",
                         submission_id=spec.job_id,
                         runtime_env=environment,
                         entrypoint_num_cpus=spec.cpus,
@@ -170,6 +177,12 @@ class RayJobLauncher:
     def found_no_room(self, job_id: str) -> bool:
         with self._refusals(f"job {job_id} cannot be looked at"):
             return self._client.get_job_info(job_id).error_type == _NO_ROOM
+
+    def exit_status(self, job_id: str) -> int | None:
+        with self._refusals(f"job {job_id} cannot be looked at"):
+            known = self._client.get_job_info(job_id)
+        ended = known.status.value == "SUCCEEDED" or known.error_type == _COMMAND_FAILED
+        return known.driver_exit_code if ended else None
 
     def logs(self, job_id: str) -> AsyncIterator[str]:
         return self._client.tail_job_logs(job_id)

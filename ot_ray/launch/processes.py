@@ -25,6 +25,8 @@ from ot_ray.launch.jobs import DONE, JobSpec
 
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
 _JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+# In supervisor.py's words.
+_EXIT = re.compile(r"the command ended with exit status ([0-9]+)|killed by signal ([0-9]+)")
 _POLL_S = 0.05
 _STARTS = 6  # of a supervisor, in one look at a job; the pauses between them double
 _LEFT_BEHIND_S = 24 * 3600.0
@@ -85,6 +87,13 @@ class ProcessLauncher:
         """See `JobLauncher`. Here every job begins at once."""
         self._place(job_id)
         return False
+
+    def exit_status(self, job_id: str) -> int | None:
+        known = self._look(job_id)
+        if known["status"] == "succeeded":
+            return 0
+        found = _EXIT.fullmatch(known["message"])
+        return found and (int(found[1]) if found[1] else -int(found[2]))
 
     async def logs(self, job_id: str) -> AsyncIterator[str]:
         log = self._place(job_id) / "log"

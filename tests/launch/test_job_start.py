@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -81,3 +84,35 @@ def test_a_command_that_is_not_there_says_so() -> None:
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 1
     assert "error: no-such-command cannot be started: No such file or directory" in ended.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal at a parent's death is Linux's")
+def test_a_command_does_not_outlive_who_started_it(tmp_path: Path) -> None:
+    place = tmp_path / "pid"
+    code = f"import os, time; open({str(place)!r}, 'w').write(str(os.getpid()) + ' '); time.sleep(3600)"
+    command = start_command([sys.executable, "-c", code])
+    # As Ray does: by a shell, in a session of its own.
+    starts = "import subprocess, sys, time; subprocess.Popen('exec ' + sys.argv[1], shell=True, "
+    starts += "start_new_session=True); time.sleep(3600)"
+    parent = subprocess.Popen([sys.executable, "-c", starts, shlex.join(command)], cwd=Path(__file__).parents[2])
+    try:
+        wait_until(lambda: place.exists() and place.read_text().endswith(" "))
+    finally:
+        parent.kill()
+        parent.wait()
+    pid = int(place.read_text())
+    wait_until(lambda: not lives(pid))
+
+
+def lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

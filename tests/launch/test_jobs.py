@@ -88,7 +88,7 @@ def test_a_failed_job_says_why(job_launcher: RayJobLauncher) -> None:
     job_launcher.submit(spec)
     with pytest.raises(LaunchError, match=rf"job {spec.job_id} ended as failed: error: data\.source is odd"):
         wait_for_job(job_launcher, spec.job_id, lambda piece: None)
-    assert "2" in job_launcher.message(spec.job_id)
+    assert "2" in job_launcher.message(spec.job_id) and job_launcher.exit_status(spec.job_id) == 2
 
 
 def test_an_id_is_used_once(job_launcher: RayJobLauncher) -> None:
@@ -131,12 +131,20 @@ def test_unknown_jobs_and_wrong_addresses_are_launch_errors(job_launcher: RayJob
 
 
 @pytest.mark.parametrize(
-    ("error", "no_room"),
-    [("JOB_SUPERVISOR_ACTOR_START_TIMEOUT", True), ("JOB_ENTRYPOINT_COMMAND_ERROR", False), (None, False)],
+    ("error", "no_room", "ended"),
+    [
+        ("JOB_SUPERVISOR_ACTOR_START_TIMEOUT", True, None),
+        ("JOB_SUPERVISOR_ACTOR_DIED", False, None),
+        ("JOB_ENTRYPOINT_COMMAND_ERROR", False, -9),
+        (None, False, None),
+    ],
 )
-def test_a_job_that_found_no_room_is_told_from_one_that_failed(error: str | None, no_room: bool) -> None:
+def test_a_job_that_found_no_room_is_told_from_one_that_failed(
+    error: str | None, no_room: bool, ended: int | None
+) -> None:
     """By a dashboard in miniature, since a real one waits for a quarter of an hour."""
     record = {"type": "SUBMISSION", "submission_id": "one", "status": "FAILED", "entrypoint": "x", "error_type": error}
+    record["driver_exit_code"] = -9  # type: ignore[assignment]
     version = {"version": "4", "ray_version": ray.__version__, "ray_commit": "", "session_name": ""}
 
     class Dashboard(BaseHTTPRequestHandler):
@@ -156,7 +164,7 @@ def test_a_job_that_found_no_room_is_told_from_one_that_failed(error: str | None
     try:
         launcher = RayJobLauncher(f"http://127.0.0.1:{server.server_address[1]}")
         assert launcher.status("one") == "failed"
-        assert launcher.found_no_room("one") is no_room
+        assert launcher.found_no_room("one") is no_room and launcher.exit_status("one") == ended
     finally:
         server.shutdown()
         thread.join(90)

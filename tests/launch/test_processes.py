@@ -91,7 +91,7 @@ def test_a_failed_job_says_why(launcher: ProcessLauncher) -> None:
     launcher.submit(_spec("one", "import sys; sys.exit('error: data.source is odd')"))
     with pytest.raises(LaunchError, match=r"job one ended as failed: error: data\.source is odd"):
         wait_for_job(launcher, "one", lambda piece: None)
-    assert "exit status 1" in launcher.message("one")
+    assert "exit status 1" in launcher.message("one") and launcher.exit_status("one") == 1
     launcher.submit(JobSpec("two", ["no-such-command"]))
     assert _done(launcher, "two") == "failed"
     assert "could not be started" in launcher.message("two")
