@@ -8,17 +8,18 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
-from typing import cast, get_args
+from typing import cast
 from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
 from ot_ray.config import parse
 from ot_ray.errors import ConfigError, OTRayError
-from serve.catalogue import SCOPES, Catalogue, DatabaseConfig, TenantLimits
+from serve.catalogue import SCOPES, Catalogue, DatabaseConfig, TenantLimits, new_id
+from serve.catalogue.audit import Note
 from serve.catalogue.keys import NewKey
 from serve.catalogue.records import Tenant
-from serve.wire.webhooks import EventType, WebhookConfig, WebhookRequest, url_problem
+from serve.wire.webhooks import EVENT_TYPES, EventType, WebhookConfig, WebhookRequest, url_problem
 
 _DAY_S = 24 * 3600
 _ALL = 10_000
@@ -115,8 +116,8 @@ def _migrate(catalogue: Catalogue, options: argparse.Namespace) -> None:
 
 
 def _create_tenant(catalogue: Catalogue, options: argparse.Namespace) -> None:
-    tenant = catalogue.tenants.create(options.name, parse(TenantLimits, _values(options.limits), "limits"))
-    catalogue.audit.add("tenant.create", tenant.id, name=tenant.name)
+    limits = parse(TenantLimits, _values(options.limits), "limits")
+    tenant = catalogue.tenants.create(options.name, limits, audit=Note("tenant.create", {"name": options.name}))
     _say(f"{tenant.id}  {tenant.name}")
 
 
@@ -132,16 +133,14 @@ def _list_tenants(catalogue: Catalogue, options: argparse.Namespace) -> None:
 def _change_limits(catalogue: Catalogue, options: argparse.Namespace) -> None:
     tenant = catalogue.tenants.named(options.name)
     changes = _values(options.limits)
-    tenant = catalogue.tenants.change_limits(tenant.id, changes)
-    catalogue.audit.add("tenant.change", tenant.id, limits=changes)
+    tenant = catalogue.tenants.change_limits(tenant.id, changes, Note("tenant.change", {"limits": changes}))
     _say(f"{tenant.name}: " + ", ".join(f"{name}={value}" for name, value in tenant.limits.model_dump().items()))
 
 
 def _switch_tenant(catalogue: Catalogue, options: argparse.Namespace) -> None:
     tenant = catalogue.tenants.named(options.name)
     switch = catalogue.tenants.disable if options.verb == "disable" else catalogue.tenants.enable
-    switch(tenant.id)
-    catalogue.audit.add("tenant.change", tenant.id, disabled=options.verb == "disable")
+    switch(tenant.id, Note("tenant.change", {"disabled": options.verb == "disable"}))
     _say(f"{tenant.name} is {options.verb}d")
 
 
@@ -149,8 +148,8 @@ def _create_key(catalogue: Catalogue, options: argparse.Namespace) -> None:
     tenant = catalogue.tenants.named(options.tenant)
     expires_at = catalogue.now() + options.expires_days * _DAY_S if options.expires_days else None
     scopes = _listed(options.scopes)
-    made = catalogue.keys.create(tenant.id, scopes, name=options.name, expires_at=expires_at)
-    catalogue.audit.add("key.create", made.key.id, tenant=tenant.id, scopes=sorted(made.key.scopes))
+    line = Note("key.create", {"tenant": tenant.id, "scopes": sorted(set(scopes))})
+    made = catalogue.keys.create(tenant.id, scopes, name=options.name, expires_at=expires_at, audit=line)
     _show(made, tenant)
 
 
@@ -168,21 +167,21 @@ def _list_keys(catalogue: Catalogue, options: argparse.Namespace) -> None:
 
 
 def _rotate_key(catalogue: Catalogue, options: argparse.Namespace) -> None:
-    made = catalogue.keys.rotate(options.key, overlap_s=options.overlap_hours * 3600)
-    catalogue.audit.add("key.rotate", options.key, new=made.key.id, overlap_s=options.overlap_hours * 3600)
+    new, overlap_s = new_id("key_"), options.overlap_hours * 3600
+    line = Note("key.rotate", {"new": new, "overlap_s": overlap_s})
+    made = catalogue.keys.rotate(options.key, overlap_s=overlap_s, successor_id=new, audit=line)
     _show(made, catalogue.tenants.get(made.key.tenant_id))
     _say(f"{options.key} is still taken for {options.overlap_hours} h at most")
 
 
 def _revoke_key(catalogue: Catalogue, options: argparse.Namespace) -> None:
-    key = catalogue.keys.revoke(options.key)
-    catalogue.audit.add("key.revoke", key.id, tenant=key.tenant_id)
+    key = catalogue.keys.revoke(options.key, Note("key.revoke"))
     _say(f"{key.id} is revoked")
 
 
 def _create_webhook(catalogue: Catalogue, options: argparse.Namespace) -> None:
     tenant = catalogue.tenants.named(options.tenant)
-    events = _listed(options.events) if options.events else [*get_args(EventType)]
+    events = _listed(options.events) if options.events else [*EVENT_TYPES]
     try:
         asked = WebhookRequest(url=options.url, event_types=cast("list[EventType]", events), name=options.name)
     except ValidationError as error:
@@ -192,10 +191,10 @@ def _create_webhook(catalogue: Catalogue, options: argparse.Namespace) -> None:
     problem = url_problem(asked.url, parse(WebhookConfig, {"allow_http": True, "allow_private": True}, "webhooks"))
     if problem is not None:
         raise ConfigError(f"url is {asked.url!r}: {problem}")
-    webhook = catalogue.webhooks.create(tenant.id, asked.url, asked.event_types, name=asked.name)
+    host = urlsplit(asked.url).hostname
+    line = Note("webhook.create", {"tenant": tenant.id, "host": host, "events": asked.event_types})
+    webhook = catalogue.webhooks.create(tenant.id, asked.url, asked.event_types, name=asked.name, audit=line)
     assert webhook is not None  # only a limit on endpoints is answered by None
-    host = urlsplit(webhook.url).hostname
-    catalogue.audit.add("webhook.create", webhook.id, tenant=tenant.id, host=host, events=webhook.events)
     _say(f"{webhook.id}  {webhook.url}\nsecret, shown this once: {webhook.secret}")
 
 
@@ -206,8 +205,8 @@ def _list_webhooks(catalogue: Catalogue, options: argparse.Namespace) -> None:
 
 
 def _delete_webhook(catalogue: Catalogue, options: argparse.Namespace) -> None:
-    webhook = catalogue.webhooks.disable(catalogue.tenants.named(options.tenant).id, options.webhook)
-    catalogue.audit.add("webhook.delete", webhook.id, tenant=webhook.tenant_id)
+    tenant = catalogue.tenants.named(options.tenant)
+    webhook = catalogue.webhooks.disable(tenant.id, options.webhook, Note("webhook.delete", {"tenant": tenant.id}))
     _say(f"{webhook.id} is told nothing more")
 
 

@@ -14,6 +14,7 @@ from ot_ray.store import Store
 
 if TYPE_CHECKING:
     from serve.catalogue import Catalogue
+    from serve.catalogue.audit import Note
     from serve.catalogue.records import File
 
 RESERVED_S = 6 * 3600
@@ -44,6 +45,7 @@ def keep_file(
     lasts_s: int | None = None,
     most_bytes: int | None = None,
     file_id: str | None = None,
+    audit: Note | None = None,
 ) -> File:
     """Give a tenant a file. Its row is reserved first and shown last, so that nothing is half there.
 
@@ -53,6 +55,7 @@ def keep_file(
         lasts_s: seconds after which it is deleted by itself; None keeps it.
         most_bytes: what the tenant may keep in all; None for no limit.
         file_id: an id chosen by the caller, with which a second call gives the same file; None makes one.
+        audit: the line that the audit log gets when the file is there.
 
     Raises:
         TenantFullError: the tenant keeps too much already; nothing is stored.
@@ -80,7 +83,7 @@ def keep_file(
         stored = store.upload(path, key)
         if stored.sha256 != sha256:
             raise StoreUnavailableError(f"{key} changed on its way into the store; try again")
-        if not catalogue.files.confirm(file.id):
+        if not catalogue.files.confirm(file.id, audit):
             raise StoreUnavailableError(f"storing {key} took longer than {RESERVED_S} seconds; try again")
     except BaseException:
         with suppress(OTRayError):
@@ -91,13 +94,13 @@ def keep_file(
     return catalogue.files.get(tenant_id, file.id)
 
 
-def drop_file(catalogue: Catalogue, store: Store, tenant_id: str, file_id: str) -> File:
+def drop_file(catalogue: Catalogue, store: Store, tenant_id: str, file_id: str, audit: Note | None = None) -> File:
     """Delete a tenant's file, which is in no answer from then on. Jobs have copies of their own and go on.
 
     Raises:
         NotFoundError: the tenant has no such file.
     """
-    file = catalogue.files.delete(tenant_id, file_id)
+    file = catalogue.files.delete(tenant_id, file_id, audit)
     try:
         _remove(catalogue, store, file)
     except OTRayError as error:

@@ -8,6 +8,7 @@ from ot_ray.artifacts.changes import Change, ChangeLimits, measure_changes, requ
 from ot_ray.artifacts.inspection import InspectedAdapter, InspectionLimits, inspect_adapter, plain_state
 from ot_ray.artifacts.lease import Lease, hold_lease
 from ot_ray.artifacts.manifest import AdapterManifest, BundleManifest, FileEntry, TensorEntry
+from ot_ray.artifacts.model_id import ModelId, parse_model_id, parse_model_name
 from ot_ray.artifacts.model_source import (
     ModelSource,
     load_emulated,
@@ -22,7 +23,7 @@ from ot_ray.artifacts.publication import (
     published_adapter,
     published_manifest,
 )
-from ot_ray.artifacts.registry import ModelId, PlugInRecord, Registry, parse_model_id, parse_model_name
+from ot_ray.artifacts.registry import PlugInRecord, Registry
 from ot_ray.artifacts.releases import Releases
 from ot_ray.artifacts.signature import generate_key, key_id, sign_folder, verify_folder
 from ot_ray.artifacts.source import BundleSource

@@ -6,6 +6,7 @@ an id stands for is left to registry.py and releases.py."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import datetime
 from typing import Literal, NamedTuple
 
 from pydantic import AwareDatetime
@@ -36,6 +37,11 @@ class Standing(NamedTuple):
     """The one of them that is current; None before the first promotion, and after the current one was withdrawn."""
 
 
+class _Story(NamedTuple):
+    standing: Standing
+    retired: dict[str, datetime]
+
+
 class Journal:
     """The journal under one prefix: `000001.json`, `000002.json` and so on."""
 
@@ -58,7 +64,11 @@ class Journal:
 
     def standing(self) -> Standing:
         """What is in service, and what of it is current."""
-        return _replay(self.entries())
+        return _replay(self.entries()).standing
+
+    def retired(self) -> dict[str, datetime]:
+        """Ids that went out of service and have not come back, and when each did."""
+        return _replay(self.entries()).retired
 
     def promote(self, model_id: str) -> None:
         """Make an id current; those promoted before stay in service. Nothing is written if it is current."""
@@ -92,7 +102,7 @@ class Journal:
     def _append(self, change: Callable[[Standing], tuple[str, str] | None]) -> str:
         for _ in range(_ATTEMPTS):
             entries = self.entries()
-            wanted = change(_replay(entries))
+            wanted = change(_replay(entries).standing)
             if wanted is None:
                 return ""
             entry = JournalEntry(action=wanted[0], model_id=wanted[1], at=now())  # type: ignore[arg-type]
@@ -104,15 +114,18 @@ class Journal:
         raise StoreError(f"{self._prefix}: {_ATTEMPTS} other writers came first; try again")
 
 
-def _replay(entries: list[JournalEntry]) -> Standing:
+def _replay(entries: list[JournalEntry]) -> _Story:
     served: list[str] = []
     current: str | None = None
+    retired: dict[str, datetime] = {}
     for entry in entries:
         gone = {entry.model_id, current} if entry.action == "rollback" else {entry.model_id}
+        retired |= {model_id: entry.at for model_id in served if model_id in gone}
         served = [model_id for model_id in served if model_id not in gone]
         if entry.action != "withdraw":
             served.append(entry.model_id)
+            retired.pop(entry.model_id, None)
             current = entry.model_id
         elif entry.model_id == current:
             current = None
-    return Standing(served, current)
+    return _Story(Standing(served, current), retired)

@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import torch
 from pydantic import AwareDatetime, Field
@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from ot_ray.artifacts.folder import describe_files
 from ot_ray.artifacts.journal import Journal
 from ot_ray.artifacts.manifest import (
-    NAME_PATTERN,
     BundleId,
     ClassName,
     SchemaVersion,
@@ -29,6 +28,7 @@ from ot_ray.artifacts.manifest import (
     schema_version,
     to_text,
 )
+from ot_ray.artifacts.model_id import MODEL_ID_PATTERN, ModelId, parse_model_id, parse_model_name
 from ot_ray.artifacts.publication import checked_name
 from ot_ray.artifacts.strict_json import parse_json
 from ot_ray.config import Config
@@ -37,54 +37,8 @@ from ot_ray.model import SplitPlan
 from ot_ray.store import Store
 
 _ROOT, _RECORD, _WEIGHTS = "plug_ins", "record.json", "adapter.safetensors"
-_ALIAS = re.compile(rf"ft:({NAME_PATTERN}):({NAME_PATTERN}):({NAME_PATTERN})")
-_MODEL_ID = re.compile(rf"{_ALIAS.pattern}:([0-9a-f]{{12}})")
 
 _log = logging.getLogger(__name__)
-
-
-class ModelId(NamedTuple):
-    """The parts of ``ft:<model>:<tenant>:<suffix>:<id>``, or of an alias, ``ft:<model>:<tenant>:<suffix>``."""
-
-    model: str
-    tenant: str
-    suffix: str
-    id: str
-    """Empty in an alias."""
-
-    def __str__(self) -> str:
-        return f"{self.alias}:{self.id}" if self.id else self.alias
-
-    @property
-    def alias(self) -> str:
-        """The name under which the current version of the suffix answers."""
-        return f"ft:{self.model}:{self.tenant}:{self.suffix}"
-
-
-def parse_model_id(text: str) -> ModelId:
-    """Take a plug-in model's id apart.
-
-    Raises:
-        ArtifactError: it is not exactly ``ft:<model>:<tenant>:<suffix>:<12 hexadecimal digits>``.
-    """
-    match = _MODEL_ID.fullmatch(text)
-    if match is None:
-        raise ArtifactError(
-            f"model id is {text[:200]!r}; it must be ft:<model>:<tenant>:<suffix>:<id>, each of the first three "
-            f"{NAME_PATTERN} and the id 12 hexadecimal digits"
-        )
-    return ModelId(*match.groups())
-
-
-def parse_model_name(text: str) -> ModelId:
-    """Take the name of a plug-in model apart, be it an id or an alias.
-
-    Raises:
-        ArtifactError: it is neither ``ft:<model>:<tenant>:<suffix>:<12 hexadecimal digits>`` nor
-            ``ft:<model>:<tenant>:<suffix>``.
-    """
-    match = _ALIAS.fullmatch(text)
-    return ModelId(*match.groups(), id="") if match else parse_model_id(text)
 
 
 class PlugInRecord(Config):
@@ -92,7 +46,7 @@ class PlugInRecord(Config):
 
     schema_version: SchemaVersion = 1
     """Format of this document, as `schema_version` gives it."""
-    model_id: Annotated[str, Field(pattern=f"^{_MODEL_ID.pattern}$")]
+    model_id: Annotated[str, Field(pattern=f"^{MODEL_ID_PATTERN}$")]
     """``ft:<model>:<tenant>:<suffix>:<id>``; the id is the start of `sha256`."""
     bundle_id: BundleId
     """The bundle that was tuned."""
@@ -298,6 +252,17 @@ class Registry:
         ids = (journal.current() for journal in self._journals(_ROOT))
         return [self.get(model_id) for model_id in sorted(filter(None, ids))]
 
+    def retired(self, before: datetime) -> list[str]:
+        """Plug-ins of all base models and tenants that are still stored, but went out of service before a moment and
+        have not come back; sorted."""
+        gone = [
+            model_id
+            for journal in self._journals(_ROOT)
+            for model_id, when in journal.retired().items()
+            if when < before
+        ]
+        return sorted(model_id for model_id in gone if any(True for _ in self._store.list(_folder(model_id))))
+
     def _readable(self, model_id: str) -> PlugInRecord | None:
         try:
             return self.get(model_id)
@@ -320,6 +285,11 @@ def _checked(model: str, tenant: str, suffix: str) -> ModelId:
 
 def _place(parts: ModelId) -> str:
     return f"{_ROOT}/{parts.model}/{parts.tenant}/{parts.suffix}"
+
+
+def _folder(model_id: str) -> str:
+    parts = parse_model_id(model_id)
+    return f"{_place(parts)}/{parts.id}"
 
 
 def _key(parts: ModelId, name: str) -> str:

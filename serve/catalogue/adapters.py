@@ -11,6 +11,7 @@ import sqlalchemy as sa
 
 from ot_ray.errors import NotFoundError
 from serve.catalogue import schema
+from serve.catalogue.audit import Note, note
 from serve.catalogue.database import Database, page
 from serve.catalogue.records import Adapter, AdapterState, Page, new_id, record
 
@@ -35,6 +36,7 @@ class Adapters:
         bytes: int,
         adapter_id: str | None = None,
         most_open: int | None = None,
+        audit: Note | None = None,
     ) -> Adapter | None:
         """Add an upload in `receiving`; one that is there under the same id is returned.
 
@@ -69,6 +71,7 @@ class Adapters:
                 undecided = count.where(_table.c.tenant_id == tenant_id, _table.c.state.not_in(_VERDICTS))
                 if connection.execute(undecided).scalar_one() >= most_open:
                     return None
+            note(connection, now, audit, row["id"])
             return _adapter(connection.execute(sa.insert(_table).values(row).returning(_table)).mappings().one())
 
     def get(self, tenant_id: str, adapter_id: str) -> Adapter:
@@ -92,7 +95,13 @@ class Adapters:
             return [_adapter(row) for row in connection.execute(query).mappings()]
 
     def move(
-        self, adapter_id: str, expected: Collection[AdapterState], to: AdapterState, **fields: Any
+        self,
+        adapter_id: str,
+        expected: Collection[AdapterState],
+        to: AdapterState,
+        *,
+        audit: Note | None = None,
+        **fields: Any,
     ) -> Adapter | None:
         """Change an upload's state if it is one of the expected; a verdict is never changed. None if it was another."""
         now = self._database.now()
@@ -100,6 +109,8 @@ class Adapters:
         change = sa.update(_table).where(_table.c.id == adapter_id, _table.c.state.in_(set(expected) - _VERDICTS))
         with self._database.write() as connection:
             row = connection.execute(change.values(**values).returning(_table)).mappings().one_or_none()
+            if row is not None:
+                note(connection, now, audit, adapter_id)
         return None if row is None else _adapter(row)
 
     def touch(self, adapter_id: str) -> None:
@@ -115,11 +126,14 @@ class Adapters:
         with self._database.read() as connection:
             return [_adapter(row) for row in connection.execute(query).mappings()]
 
-    def delete(self, adapter_id: str, expected: Collection[AdapterState]) -> bool:
+    def delete(self, adapter_id: str, expected: Collection[AdapterState], audit: Note | None = None) -> bool:
         """Take out an upload that is in one of the expected states; False if it is in another."""
         gone = sa.delete(_table).where(_table.c.id == adapter_id, _table.c.state.in_(expected))
         with self._database.write() as connection:
-            return connection.execute(gone.returning(_table.c.id)).one_or_none() is not None
+            done = connection.execute(gone.returning(_table.c.id)).one_or_none() is not None
+            if done:
+                note(connection, self._database.now(), audit, adapter_id)
+            return done
 
 
 def _unknown(adapter_id: str) -> NotFoundError:

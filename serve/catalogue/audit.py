@@ -1,10 +1,12 @@
-"""The audit log: who did what to what. Lines are added and read; nothing here changes or removes one."""
+"""The audit log: who did what to what. Lines are added and read; nothing here changes or removes one.
+
+What a transaction of the database does is noted within it; what is done elsewhere is noted as begun before."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,6 +20,34 @@ from serve.catalogue.records import AuditLine, Page, record
 _table = schema.audit
 _line = partial(record, AuditLine)
 _BATCH = 500
+
+
+@dataclass(frozen=True)
+class Note:
+    """Who does what: a line of the log in the making, for the transaction that does it. No secret belongs in it."""
+
+    action: str
+    """A noun and a verb, as in `key.revoke`."""
+    detail: dict[str, Any] = field(default_factory=dict)
+    """What else is worth knowing."""
+    tenant_id: str | None = None
+    """Whose key asked; None for a command of the operator's."""
+    key_id: str | None = None
+    request_id: str | None = None
+
+
+def note(
+    connection: sa.Connection, now: int, audit: Note | None, target: str, outcome: str = "ok", **found: Any
+) -> None:
+    """Add a line to the log in the transaction whose doing it tells; nothing without a note.
+
+    Args:
+        target: the id of what it is done to.
+        found: details that the transaction itself has found out.
+    """
+    if audit is not None:
+        row = {**asdict(audit), "detail": {**audit.detail, **found}, "at": now, "target": target, "outcome": outcome}
+        connection.execute(sa.insert(_table).values(row))
 
 
 class Audit:
@@ -37,25 +67,17 @@ class Audit:
         request_id: str | None = None,
         **detail: Any,
     ) -> None:
-        """Add a line. No secret belongs into any of its parts.
+        """Add a line about what no transaction of the database does; arguments as those of `Note` and `note`.
 
         Args:
-            action: a verb after a noun, as in `key.revoke`.
-            target: the id of what it was done to.
-            tenant_id: whose key asked; None for a command of the operator's.
+            outcome: `ok`, `denied`, or `begun` for what is about to be done outside of the database.
         """
-        row = {
-            "at": self._database.now(),
-            "tenant_id": tenant_id,
-            "key_id": key_id,
-            "action": action,
-            "target": target,
-            "outcome": outcome,
-            "detail": detail,
-            "request_id": request_id,
-        }
+        self.write(Note(action, detail, tenant_id, key_id, request_id), target, outcome)
+
+    def write(self, line: Note, target: str, outcome: str = "ok") -> None:
+        """Add a line in a transaction of its own; arguments as those of `note`."""
         with self._database.write() as connection:
-            connection.execute(sa.insert(_table).values(row))
+            note(connection, self._database.now(), line, target, outcome)
 
     def list(
         self,

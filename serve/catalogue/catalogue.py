@@ -28,6 +28,9 @@ from serve.catalogue.migration import migrate, prepare
 from serve.catalogue.runs import Runs
 from serve.catalogue.tenants import Tenants
 from serve.catalogue.webhooks import Webhooks
+from serve.failures import DatabaseUnavailableError
+
+_PAUSE_S = 0.5
 
 
 class Catalogue:
@@ -69,14 +72,25 @@ class Catalogue:
         """Whole seconds since 1970, as rows have them."""
         return self._database.now()
 
-    def migrate(self) -> None:
+    def migrate(self, patience_s: float = 0.0) -> None:
         """Bring the tables to what this code works with; any number of processes may do so at once.
+
+        Args:
+            patience_s: seconds to wait for a database that does not answer.
 
         Raises:
             ConfigError: the database was made by newer code.
             DatabaseUnavailableError: it does not answer.
         """
-        migrate(self._database)
+        deadline = time.monotonic() + patience_s
+        while True:
+            try:
+                migrate(self._database)
+                return
+            except DatabaseUnavailableError:
+                if time.monotonic() >= deadline:
+                    raise
+            time.sleep(_PAUSE_S)
 
     def prepare(self) -> None:
         """Make the tables of an empty database; one that has any must have those that this code works with.

@@ -22,6 +22,9 @@ class DatabaseConfig(Config):
     wait_s: float = Field(default=30.0, gt=0)
     """Seconds to wait for a connection or for SQLite's lock before a request is answered 503."""
 
+    start_wait_s: float = Field(default=120.0, ge=0)
+    """Seconds that a replica of the service waits for the database when it starts, before it is started once more."""
+
     # A rule of the section, not of the field, because the message of a field's rule would show the password.
     @model_validator(mode="after")
     def _is_safe(self) -> DatabaseConfig:

@@ -44,8 +44,15 @@ class Database:
         self._writer = threading.Lock()
 
     def now(self) -> int:
-        """Whole seconds since 1970."""
+        """Whole seconds since 1970, by this machine's clock."""
         return int(self._clock())
+
+    def shared_now(self) -> sa.ColumnElement[int]:
+        """Whole seconds since 1970 by the database's own clock, to be read within a statement: for what machines whose
+        clocks differ have to agree on."""
+        if self.is_sqlite:
+            return sa.cast(sa.func.strftime("%s", "now"), sa.BigInteger)
+        return sa.cast(sa.func.floor(sa.extract("epoch", sa.func.clock_timestamp())), sa.BigInteger)
 
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:

@@ -9,6 +9,7 @@ import sqlalchemy as sa
 
 from ot_ray.errors import NotFoundError
 from serve.catalogue import schema
+from serve.catalogue.audit import Note, note
 from serve.catalogue.database import Database, page
 from serve.catalogue.records import File, Page, new_id, record
 
@@ -101,21 +102,28 @@ class Files:
         with self._database.read() as connection:
             return page(connection, _table, where, _file, after=after, limit=limit, order=order)
 
-    def delete(self, tenant_id: str, file_id: str) -> File:
+    def delete(self, tenant_id: str, file_id: str, audit: Note | None = None) -> File:
         """Take a file out of every answer; removing its bytes is the caller's. Raises NotFoundError."""
+        now = self._database.now()
         change = sa.update(_table).where(*self._visible(tenant_id), _table.c.id == file_id)
         with self._database.write() as connection:
-            row = connection.execute(change.values(deleted_at=self._database.now()).returning(_table))
+            row = connection.execute(change.values(deleted_at=now).returning(_table))
             found = row.mappings().one_or_none()
-        if found is None:
-            raise NotFoundError(f"no file {file_id[:80]!r}")
+            if found is None:
+                raise NotFoundError(f"no file {file_id[:80]!r}")
+            note(connection, now, audit, file_id)
         return _file(found)
 
-    def confirm(self, file_id: str) -> bool:
+    def confirm(self, file_id: str, audit: Note | None = None) -> bool:
         """Show a reserved file, whose bytes are in the store now; False if it was deleted, or its time was over."""
+        now = self._database.now()
         with self._database.write() as connection:
-            change = sa.update(_table).where(_table.c.id == file_id, self._there()).values(deleted_at=None)
-            return connection.execute(change).rowcount == 1
+            reserved = sa.update(_table).where(_table.c.id == file_id, _table.c.deleted_at > now)
+            if connection.execute(reserved.values(deleted_at=None)).rowcount == 1:
+                note(connection, now, audit, file_id)
+                return True
+            shown = sa.select(_table.c.id).where(_table.c.id == file_id, _table.c.deleted_at.is_(None))
+            return connection.execute(shown).one_or_none() is not None
 
     def release(self, file_id: str) -> bool:
         """Give a reserved file up; False if there is none, or it was confirmed."""

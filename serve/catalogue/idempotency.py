@@ -62,35 +62,39 @@ class Idempotency:
 
         Args:
             fingerprint: what the request asks for; the same key with another is refused.
-            stale_s: seconds after which one that was begun and not settled is taken over.
+            stale_s: seconds after which one that was begun, and neither settled nor held on to, is taken over.
             keep_s: seconds for which a key is remembered.
         """
-        now = self._database.now()
-        fresh = {"fingerprint": fingerprint, "state": "in_progress", "created_at": now, "begun_at": now}
-        fresh |= {"nonce": secrets.token_hex(16), "holder": secrets.token_hex(16)}
+        now, shared_now = self._database.now(), self._database.shared_now()
+        nonce, holder = secrets.token_hex(16), secrets.token_hex(16)
+        fresh = {"fingerprint": fingerprint, "state": "in_progress", "created_at": now, "begun_at": shared_now}
+        fresh |= {"nonce": nonce, "holder": holder}
         mine = (_table.c.tenant_id == tenant_id, _table.c.key == key)
         with self._database.write() as connection:
             connection.execute(sa.delete(_table).where(*mine, _table.c.created_at <= now - keep_s))
             added = self._database.insert(_table).values(tenant_id=tenant_id, key=key, **fresh)
             added = added.on_conflict_do_nothing(index_elements=["tenant_id", "key"]).returning(_table.c.key)
             if connection.execute(added).one_or_none() is not None:
-                return Begun(fresh["nonce"], fresh["holder"])
-            row = (
-                connection.execute(sa.select(_table).where(*mine).with_for_update(key_share=True))
-                .mappings()
-                .one_or_none()
-            )
+                return Begun(nonce, holder)
+            locked = sa.select(_table).where(*mine).with_for_update(key_share=True)
+            row = connection.execute(locked).mappings().one_or_none()
             if row is None:
                 return Busy(1)  # it was released between the two statements
             if row["fingerprint"] != fingerprint:
                 return Reused()
             if row["state"] == "done":
                 return Answered(row["status"], row["body"])
-            left = row["begun_at"] + stale_s - now
+            left = row["begun_at"] + stale_s - connection.execute(sa.select(shared_now)).scalar_one()
             if row["holder"] is not None and left > 0:
                 return Busy(left)
-            connection.execute(sa.update(_table).where(*mine).values(holder=fresh["holder"], begun_at=now))
-            return Begun(row["nonce"], fresh["holder"], taken_over=True)
+            connection.execute(sa.update(_table).where(*mine).values(holder=holder, begun_at=shared_now))
+            return Begun(row["nonce"], holder, taken_over=True)
+
+    def hold(self, tenant_id: str, key: str, holder: str) -> bool:
+        """Say that a request is still being carried out; False if it was settled, or another has taken it over."""
+        alive = sa.update(_table).where(*_held(tenant_id, key, holder)).values(begun_at=self._database.shared_now())
+        with self._database.write() as connection:
+            return connection.execute(alive.returning(_table.c.key)).one_or_none() is not None
 
     def finish(self, tenant_id: str, key: str, holder: str, status: int, body: str) -> None:
         """Remember the answer, unless another has taken the request over."""

@@ -13,6 +13,7 @@ import sqlalchemy as sa
 
 from ot_ray.errors import NotFoundError
 from serve.catalogue import schema
+from serve.catalogue.audit import Note, note
 from serve.catalogue.database import Database, page
 from serve.catalogue.events import append
 from serve.catalogue.records import ENDED, Job, JobStatus, Page, Stage, Wanted, new_id, record
@@ -45,6 +46,7 @@ class Jobs:
         metadata: dict[str, str] | None = None,
         job_id: str | None = None,
         most_waiting: int | None = None,
+        audit: Note | None = None,
     ) -> Job | None:
         """Add a job in `validating_files` with its first event; one that is there under the same id is returned.
 
@@ -87,6 +89,7 @@ class Jobs:
             if pairs:
                 connection.execute(sa.insert(schema.job_metadata), pairs)
             append(connection, row["id"], f"Created fine-tuning job: {row['id']}", now)
+            note(connection, now, audit, row["id"])
             return _job(made)
 
     def get(self, tenant_id: str, job_id: str) -> Job:
@@ -140,7 +143,7 @@ class Jobs:
         return self.with_status("running")
 
     def resume(
-        self, tenant_id: str, job_id: str, *, event: str, most_waiting: int
+        self, tenant_id: str, job_id: str, *, event: str, most_waiting: int, audit: Note | None = None
     ) -> Literal["resumed", "full", "changed"]:
         """Put a tenant's paused job into the queue again, if fewer than `most_waiting` of its jobs wait.
 
@@ -152,11 +155,19 @@ class Jobs:
             if _count(connection, tenant_id, _WAITING) >= most_waiting:
                 return "full"
             now, mine = self._database.now(), [_table.c.tenant_id == tenant_id]
-            fields: dict[str, Any] = {"wanted": "run", "queued_at": now}
+            fields: dict[str, Any] = {"wanted": "run", "queued_at": now, "audit": audit}
             moved = change_status(connection, now, job_id, {"paused"}, "queued", event=event, where=mine, **fields)
             return "resumed" if moved else "changed"
 
-    def want(self, tenant_id: str, job_id: str, wanted: Wanted, *, expected: Collection[JobStatus]) -> Job | None:
+    def want(
+        self,
+        tenant_id: str,
+        job_id: str,
+        wanted: Wanted,
+        *,
+        expected: Collection[JobStatus],
+        audit: Note | None = None,
+    ) -> Job | None:
         """Note what the customer wants of a job; a wish to cancel is never taken back.
 
         Returns:
@@ -174,6 +185,8 @@ class Jobs:
             row = connection.execute(change.values(wanted=wanted).returning(_table)).mappings().one_or_none()
             if row is None and connection.execute(sa.select(_table.c.id).where(*mine)).one_or_none() is None:
                 raise _unknown(job_id)
+            if row is not None:
+                note(connection, self._database.now(), audit, job_id)
         return None if row is None else _job(row)
 
     def move(
@@ -187,6 +200,7 @@ class Jobs:
         deliver: str | None = None,
         attempt: int | None = None,
         data: dict[str, Any] | None = None,
+        audit: Note | None = None,
         **fields: Any,
     ) -> bool:
         """Change a job's status; together with its event and the webhook deliveries, or not at all.
@@ -205,7 +219,7 @@ class Jobs:
         where = [] if attempt is None else [_table.c.attempt == attempt]
         with self._database.write() as connection:
             now = self._database.now()
-            told: dict[str, Any] = {"event": event, "level": level, "deliver": deliver, "data": data}
+            told: dict[str, Any] = {"event": event, "level": level, "deliver": deliver, "data": data, "audit": audit}
             return change_status(connection, now, job_id, expected, to, where=where, **told, **fields)
 
     def set_stage(self, job_id: str, stage: Stage, *, expected: Collection[Stage | None], **fields: Any) -> bool:
@@ -259,6 +273,7 @@ def change_status(
     deliver: str | None = None,
     data: dict[str, Any] | None = None,
     where: builtins.list[sa.ColumnElement[bool]],
+    audit: Note | None = None,
     **fields: Any,
 ) -> bool:
     """`Jobs.move` within a transaction that does more; `where` holds further conditions."""
@@ -269,6 +284,7 @@ def change_status(
     if tenant_id is None:
         return False
     append(connection, job_id, event, now, level=level, data=data)
+    note(connection, now, audit, job_id)
     if deliver is not None:
         announce(connection, tenant_id, deliver, job_id, now)
     return True

@@ -15,6 +15,7 @@ import sqlalchemy as sa
 
 from ot_ray.errors import ConfigError, NotFoundError
 from serve.catalogue import schema
+from serve.catalogue.audit import Note, note
 from serve.catalogue.database import Database, page
 from serve.catalogue.records import SCOPES, ApiKey, Page, Tenant, new_id, record
 from serve.catalogue.tenants import tenant_of
@@ -59,6 +60,7 @@ class Keys:
         name: str = "",
         expires_at: int | None = None,
         key_id: str | None = None,
+        audit: Note | None = None,
     ) -> NewKey:
         """Add a key; its secret is returned here and never again. One that is there under the same id gets a fresh
         secret, because nobody was told the first.
@@ -79,7 +81,9 @@ class Keys:
             if connection.execute(known).one_or_none() is None:
                 raise NotFoundError(f"no tenant {tenant_id[:80]!r}; `tenant list` shows those that are there")
             there = self._again(connection, tenant_id, key_id)
-            return there or self._add(connection, tenant_id, scopes, name, life, key_id)
+            made = there or self._add(connection, tenant_id, scopes, name, life, key_id)
+            note(connection, now, audit, made.key.id)
+            return made
 
     def get(self, key_id: str) -> ApiKey:
         """The key of an id. Raises NotFoundError."""
@@ -111,7 +115,9 @@ class Keys:
         tenant = tenant_of({column.name: row[f"owner_{column.name}"] for column in tenants.c})
         return Authenticated(key, tenant, _refusal(key, tenant, self._database.now()))
 
-    def rotate(self, key_id: str, *, overlap_s: int = 24 * 3600, successor_id: str | None = None) -> NewKey:
+    def rotate(
+        self, key_id: str, *, overlap_s: int = 24 * 3600, successor_id: str | None = None, audit: Note | None = None
+    ) -> NewKey:
         """A new key with the same tenant, name, scopes and length of life; the old one ends after the overlap.
 
         Args:
@@ -129,6 +135,7 @@ class Keys:
             if row is None:
                 raise _unknown(key_id)
             old = key_of(row)
+            note(connection, now, audit, key_id)
             there = self._again(connection, old.tenant_id, successor_id)
             if there is not None:
                 return there
@@ -139,14 +146,16 @@ class Keys:
             # Not from `expires_at`, which an earlier rotation has brought forward.
             return self._add(connection, old.tenant_id, old.scopes, old.name, row["lifetime_s"], successor_id)
 
-    def revoke(self, key_id: str) -> ApiKey:
+    def revoke(self, key_id: str, audit: Note | None = None) -> ApiKey:
         """Refuse a key from the next request on, for good. Raises NotFoundError."""
-        when = sa.func.coalesce(_table.c.revoked_at, self._database.now())
+        now = self._database.now()
+        when = sa.func.coalesce(_table.c.revoked_at, now)
         with self._database.write() as connection:
             changed = sa.update(_table).where(_table.c.id == key_id).values(revoked_at=when).returning(_table)
             row = connection.execute(changed).mappings().one_or_none()
-        if row is None:
-            raise _unknown(key_id)
+            if row is None:
+                raise _unknown(key_id)
+            note(connection, now, audit, key_id, tenant=row["tenant_id"])
         return key_of(row)
 
     def _again(self, connection: sa.Connection, tenant_id: str, key_id: str | None) -> NewKey | None:

@@ -1,4 +1,4 @@
-"""Leases: rows that say who leads until when."""
+"""Leases: rows that say who leads until when, by the database's clock, which is the same for all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Leases:
 
     def take(self, name: str, holder: str, seconds: int) -> bool:
         """Take a lease, or hold it for longer; False if another holds it."""
-        now = self._database.now()
+        now = self._database.shared_now()
         row = {"name": name, "holder": holder, "expires_at": now + seconds}
         taken = self._database.insert(_table).values(row)
         taken = taken.on_conflict_do_update(

@@ -202,11 +202,20 @@ class Webhook:
     url: str
     secret: str = dataclasses.field(repr=False)
     """`whsec_...`; signing needs the secret itself, so it is stored as it is."""
+    previous_secret: str | None = dataclasses.field(repr=False)
+    """The one before the last rotation, where it still signs too."""
+    previous_until: int | None
+    """When that ends."""
     events: list[str]
     created_at: int
     updated_at: int
     """When it or its secret was last changed."""
     disabled_at: int | None
+
+    def secrets_at(self, now: int) -> list[str]:
+        """The secrets that sign at a time, the present one first."""
+        both = self.previous_secret is not None and self.previous_until is not None and now < self.previous_until
+        return [self.secret, self.previous_secret] if both and self.previous_secret else [self.secret]
 
 
 @dataclass(frozen=True)

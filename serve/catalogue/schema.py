@@ -251,6 +251,8 @@ webhooks = _table(
     _text("name", nullable=False),
     _text("url", nullable=False),
     _text("secret", nullable=False),
+    _text("previous_secret"),
+    _time("previous_until"),
     _json("events", nullable=False),
     _time("created_at", nullable=False),
     _time("updated_at", nullable=False),

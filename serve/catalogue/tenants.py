@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from ot_ray.config import parse
 from ot_ray.errors import AlreadyExistsError, ConfigError, NotFoundError
 from serve.catalogue import schema
+from serve.catalogue.audit import Note, note
 from serve.catalogue.database import Database, page
 from serve.catalogue.records import Page, Tenant, TenantLimits, new_id
 
@@ -33,7 +34,9 @@ class Tenants:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def create(self, name: str, limits: TenantLimits | None = None, *, tenant_id: str | None = None) -> Tenant:
+    def create(
+        self, name: str, limits: TenantLimits | None = None, *, tenant_id: str | None = None, audit: Note | None = None
+    ) -> Tenant:
         """Add a tenant; one that is there under the same id and name is returned.
 
         Raises:
@@ -49,7 +52,9 @@ class Tenants:
             "limits": (limits or TenantLimits()).model_dump(),
         }
         with self._database.write() as connection:
-            connection.execute(self._database.insert(_table).values(row).on_conflict_do_nothing())
+            added = self._database.insert(_table).values(row).on_conflict_do_nothing().returning(_table.c.id)
+            if connection.execute(added).one_or_none() is not None:
+                note(connection, row["created_at"], audit, row["id"])
             named = sa.select(_table).where(_table.c.name == name)
             found = connection.execute(named).mappings().one_or_none()
             if found is None or found["id"] != row["id"]:
@@ -75,8 +80,14 @@ class Tenants:
         with self._database.read() as connection:
             return page(connection, _table, [], tenant_of, after=after, limit=limit)
 
-    def change_limits(self, tenant_id: str, changes: Mapping[str, int]) -> Tenant:
-        """Give a tenant other limits; they hold from the next request on, and those not named stay.
+    def change(
+        self, tenant_id: str, *, limits: Mapping[str, int], disabled: bool | None, audit: Note | None = None
+    ) -> Tenant:
+        """Give a tenant other limits, and refuse or take its keys; both hold from the next request on.
+
+        Args:
+            limits: those to change; others stay.
+            disabled: None leaves it as it is.
 
         Raises:
             ConfigError: a limit is unknown or out of range.
@@ -91,25 +102,25 @@ class Tenants:
             )
             if row is None:
                 raise _unknown(tenant_id)
-            limits = parse(TenantLimits, {**row["limits"], **changes}, "limits").model_dump()
-            changed = sa.update(_table).where(mine).values(limits=limits).returning(_table)
+            now = self._database.now()
+            values: dict[str, Any] = {"limits": parse(TenantLimits, {**row["limits"], **limits}, "limits").model_dump()}
+            if disabled is not None:
+                values["disabled_at"] = (row["disabled_at"] or now) if disabled else None
+            note(connection, now, audit, tenant_id)
+            changed = sa.update(_table).where(mine).values(**values).returning(_table)
             return tenant_of(connection.execute(changed).mappings().one())
 
-    def disable(self, tenant_id: str) -> Tenant:
+    def change_limits(self, tenant_id: str, limits: Mapping[str, int], audit: Note | None = None) -> Tenant:
+        """Give a tenant other limits, as `change` does."""
+        return self.change(tenant_id, limits=limits, disabled=None, audit=audit)
+
+    def disable(self, tenant_id: str, audit: Note | None = None) -> Tenant:
         """Refuse every key of a tenant from the next request on. Raises NotFoundError."""
-        return self._change(tenant_id, disabled_at=sa.func.coalesce(_table.c.disabled_at, self._database.now()))
+        return self.change(tenant_id, limits={}, disabled=True, audit=audit)
 
-    def enable(self, tenant_id: str) -> Tenant:
+    def enable(self, tenant_id: str, audit: Note | None = None) -> Tenant:
         """Take a tenant's keys again. Raises NotFoundError."""
-        return self._change(tenant_id, disabled_at=None)
-
-    def _change(self, tenant_id: str, **values: Any) -> Tenant:
-        with self._database.write() as connection:
-            changed = sa.update(_table).where(_table.c.id == tenant_id).values(**values).returning(_table)
-            row = connection.execute(changed).mappings().one_or_none()
-        if row is None:
-            raise _unknown(tenant_id)
-        return tenant_of(row)
+        return self.change(tenant_id, limits={}, disabled=False, audit=audit)
 
     def _one(self, where: sa.ColumnElement[bool], asked: str) -> Tenant:
         with self._database.read() as connection:

@@ -1,6 +1,6 @@
 """Customers' endpoints that are told of events, and the deliveries that are due.
 
-Signing and sending is left to controller/webhooks.py; a delivery is a row before it is a request."""
+A delivery is a row before it is a request; when it is sent is controller/webhooks.py's, how webhook_requests.py's."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import builtins
 import secrets
 from collections.abc import Collection
 from functools import partial
+from typing import Any
 
 import sqlalchemy as sa
 
 from ot_ray.errors import NotFoundError
 from serve.catalogue import schema
+from serve.catalogue.audit import Note, note
 from serve.catalogue.database import Database, page
 from serve.catalogue.records import Delivery, Page, Webhook, new_id, record
 
@@ -21,6 +23,8 @@ _table = schema.webhooks
 _due = schema.deliveries
 _webhook = partial(record, Webhook)
 _delivery = partial(record, Delivery)
+_OVERLAP_S = 24 * 3600
+_NO_PREVIOUS: dict[str, object] = {"previous_secret": None, "previous_until": None}
 
 
 class Webhooks:
@@ -42,6 +46,7 @@ class Webhooks:
         name: str = "webhook",
         webhook_id: str | None = None,
         most: int | None = None,
+        audit: Note | None = None,
     ) -> Webhook | None:
         """Add an endpoint with a fresh secret; one that is there under the same id is returned. What addresses are
         allowed is checked by the caller.
@@ -75,6 +80,7 @@ class Webhooks:
             count = count.where(_table.c.tenant_id == tenant_id, _table.c.disabled_at.is_(None))
             if most is not None and connection.execute(count).scalar_one() >= most:
                 return None
+            note(connection, now, audit, row["id"])
             return _webhook(connection.execute(sa.insert(_table).values(row).returning(_table)).mappings().one())
 
     def get(self, tenant_id: str, webhook_id: str) -> Webhook:
@@ -91,21 +97,52 @@ class Webhooks:
         with self._database.read() as connection:
             return page(connection, _table, where, _webhook, after=after, limit=limit)
 
-    def rotate_secret(self, tenant_id: str, webhook_id: str, *, key: bytes | None = None) -> Webhook:
+    def update(
+        self,
+        tenant_id: str,
+        webhook_id: str,
+        *,
+        url: str | None = None,
+        events: Collection[str] | None = None,
+        name: str | None = None,
+        audit: Note | None = None,
+    ) -> Webhook:
+        """Change what is not None; from the next try on, what is on its way goes to the new address too.
+
+        Raises:
+            NotFoundError: the tenant has no such endpoint.
+        """
+        wanted = {"url": url, "events": None if events is None else sorted(set(events)), "name": name}
+        with self._database.write() as connection:
+            row = _locked(connection, tenant_id, webhook_id)
+            values = {key: value for key, value in wanted.items() if value is not None and value != row[key]}
+            return self._changed(connection, row, values, audit)
+
+    def rotate_secret(
+        self,
+        tenant_id: str,
+        webhook_id: str,
+        *,
+        key: bytes | None = None,
+        keep_old: bool = False,
+        audit: Note | None = None,
+    ) -> Webhook:
         """Give an endpoint a fresh secret, which signs from the next try on. Raises NotFoundError.
 
         Args:
-            key: the secret's 32 bytes; None draws them.
+            key: the secret's 32 bytes; None draws them. An endpoint that has this very secret keeps all it has.
+            keep_old: whether the old secret signs too, for a day.
         """
-        change = sa.update(_table).where(*_mine(tenant_id, webhook_id))
+        fresh = _new_secret(key)
         with self._database.write() as connection:
-            fresh = change.values(secret=_new_secret(key), updated_at=self._database.now())
-            row = connection.execute(fresh.returning(_table)).mappings().one_or_none()
-        if row is None:
-            raise _unknown(webhook_id)
-        return _webhook(row)
+            row = _locked(connection, tenant_id, webhook_id)
+            if row["secret"] == fresh:
+                return _webhook(row)
+            ends = self._database.now() + _OVERLAP_S
+            kept = {"previous_secret": row["secret"], "previous_until": ends} if keep_old else _NO_PREVIOUS
+            return self._changed(connection, row, {"secret": fresh, **kept}, audit)
 
-    def disable(self, tenant_id: str, webhook_id: str) -> Webhook:
+    def disable(self, tenant_id: str, webhook_id: str, audit: Note | None = None) -> Webhook:
         """Tell an endpoint nothing more and forget its secret; what is under way to it is given up.
 
         Raises:
@@ -113,10 +150,12 @@ class Webhooks:
         """
         now = self._database.now()
         with self._database.write() as connection:
-            change = sa.update(_table).where(*_mine(tenant_id, webhook_id)).values(disabled_at=now, secret="")
+            gone = {"disabled_at": now, "secret": "", **_NO_PREVIOUS}
+            change = sa.update(_table).where(*_mine(tenant_id, webhook_id)).values(gone)
             row = connection.execute(change.returning(_table)).mappings().one_or_none()
             if row is None:
                 raise _unknown(webhook_id)
+            note(connection, now, audit, webhook_id)
             open_ones = sa.update(_due).where(_due.c.webhook_id == webhook_id, _due.c.next_at.is_not(None))
             connection.execute(open_ones.values(next_at=None, failed_at=now, last_error="the endpoint was removed"))
             return _webhook(row)
@@ -163,6 +202,28 @@ class Webhooks:
         failed_at = self._database.now() if again is None else None
         self._settle(delivery_id, attempt, next_at=again, failed_at=failed_at, last_error=error[:500])
 
+    def sweep(self, keep_s: int) -> None:
+        """Forget deliveries that were made or given up, and endpoints that were removed, so many seconds ago; and
+        secrets whose time is over."""
+        now = self._database.now()
+        before = now - keep_s
+        settled = sa.func.coalesce(_due.c.delivered_at, _due.c.failed_at) <= before
+        used = sa.select(_due.c.id).where(_due.c.webhook_id == _table.c.id).exists()
+        with self._database.write() as connection:
+            connection.execute(sa.delete(_due).where(_due.c.next_at.is_(None), settled))
+            connection.execute(sa.delete(_table).where(_table.c.disabled_at <= before, ~used))
+            connection.execute(sa.update(_table).where(_table.c.previous_until <= now).values(_NO_PREVIOUS))
+
+    def _changed(
+        self, connection: sa.Connection, row: sa.RowMapping, values: dict[str, object], audit: Note | None
+    ) -> Webhook:
+        if not values:
+            return _webhook(row)
+        now = self._database.now()
+        note(connection, now, audit, row["id"], changed=sorted(values.keys() & {"url", "events", "name"}))
+        change = sa.update(_table).where(_table.c.id == row["id"]).values(**values, updated_at=now)
+        return _webhook(connection.execute(change.returning(_table)).mappings().one())
+
     def _settle(self, delivery_id: str, attempt: int, **values: object) -> None:
         still = sa.update(_due).where(_due.c.id == delivery_id, _due.c.attempts == attempt, _due.c.next_at.is_not(None))
         with self._database.write() as connection:
@@ -182,7 +243,6 @@ def announce(connection: sa.Connection, tenant_id: str, type: str, object_id: st
         if type not in events:
             continue
         event_id = new_id("evt_")
-        payload = {"object": "event", "id": event_id, "type": type, "created_at": now, "data": {"id": object_id}}
         connection.execute(
             sa.insert(_due).values(
                 id=event_id,
@@ -190,11 +250,24 @@ def announce(connection: sa.Connection, tenant_id: str, type: str, object_id: st
                 tenant_id=tenant_id,
                 type=type,
                 object_id=object_id,
-                payload=payload,
+                payload=webhook_event(event_id, type, object_id, now),
                 created_at=now,
                 next_at=now,
             )
         )
+
+
+def webhook_event(event_id: str, type: str, object_id: str, now: int) -> dict[str, Any]:
+    """What an endpoint is sent: an event in OpenAI's shape, which names the object that it is about and no more."""
+    return {"object": "event", "id": event_id, "type": type, "created_at": now, "data": {"id": object_id}}
+
+
+def _locked(connection: sa.Connection, tenant_id: str, webhook_id: str) -> sa.RowMapping:
+    locked = sa.select(_table).where(*_mine(tenant_id, webhook_id)).with_for_update(key_share=True)
+    row = connection.execute(locked).mappings().one_or_none()
+    if row is None:
+        raise _unknown(webhook_id)
+    return row
 
 
 def _new_secret(key: bytes | None = None) -> str:

@@ -13,6 +13,7 @@ from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from serve.catalogue import Catalogue, TenantLimits
+from serve.catalogue.audit import Note
 from serve.catalogue.records import Scope
 from serve.failures import ApiError
 from serve.routes import service_of
@@ -90,26 +91,31 @@ def identify(request: Request) -> Identity:
     return request.state.identity
 
 
-def record(request: Request, identity: Identity, action: str, target: str, outcome: str = "ok", **detail: Any) -> None:
-    """Write a line to the audit log; a service without a database has none.
-
-    It tells what has happened: a line that the database does not take goes to the process's log, and the request is
-    answered all the same, because a client that is told of a failure asks for the same thing again.
+def noted(request: Request, identity: Identity, action: str, **detail: Any) -> Note:
+    """The line of the audit log that the catalogue adds in the transaction which does what a request asks for.
 
     Args:
         action: a noun and a verb, as in `file.delete`.
-        target: the id of what it was done to.
         detail: what else is worth knowing; never a secret.
+    """
+    request_id = getattr(request.state, "request_id", None)
+    return Note(action, detail, identity.tenant_id, identity.key_id, request_id)
+
+
+def record(request: Request, identity: Identity, action: str, target: str, outcome: str = "ok", **detail: Any) -> None:
+    """Write a line to the audit log of its own; a service without a database has none.
+
+    For refusals, and for how that ended whose beginning is in the log: a line that the database does not take goes to
+    the process's log, and the request is answered all the same. Arguments as those of `noted`.
     """
     catalogue = service_of(request).catalogue
     if catalogue is None:
         return
-    request_id = getattr(request.state, "request_id", None)
-    told = {"tenant_id": identity.tenant_id, "key_id": identity.key_id, "outcome": outcome, "request_id": request_id}
+    line = noted(request, identity, action, **detail)
     try:
-        catalogue.audit.add(action, target, **told, **detail)
+        catalogue.audit.write(line, target, outcome)
     except Exception:
-        _log.exception("the audit log lacks this line: %s %r %s %s", action, target, told, detail)
+        _log.exception("the audit log lacks this line: %s of %r: %s", outcome, target, line)
 
 
 def _authenticate(request: Request, catalogue: Catalogue) -> Identity:

@@ -17,7 +17,7 @@ from serve.catalogue.keys import NewKey
 from serve.catalogue.records import ApiKey, Tenant
 from serve.failures import ApiError
 from serve.routes import service_of
-from serve.routes.identity import Identity, needs, record
+from serve.routes.identity import Identity, needs, noted
 from serve.routes.once import OnceRoute, once_of
 from serve.wire.keys import (
     KeyCard,
@@ -36,18 +36,20 @@ router = APIRouter(prefix="/v1/admin", tags=["Admin"], route_class=OnceRoute)
 _Admin = Annotated[Identity, Depends(needs("admin"))]
 
 
-@router.post("/tenants")
+@router.post("/tenants", summary="Create a tenant")
 def create_tenant(request: Request, body: TenantRequest, identity: _Admin) -> TenantCard:
     """Add a tenant."""
     with _told():
         tenant = _catalogue(request).tenants.create(
-            body.name, _limits(TenantLimits(), body.limits), tenant_id=once_of(request).new_id("ten_")
+            body.name,
+            _limits(TenantLimits(), body.limits),
+            tenant_id=once_of(request).new_id("ten_"),
+            audit=noted(request, identity, "tenant.create", name=body.name),
         )
-    record(request, identity, "tenant.create", tenant.id, name=tenant.name)
     return _tenant(tenant)
 
 
-@router.get("/tenants")
+@router.get("/tenants", summary="List tenants")
 def list_tenants(request: Request, identity: _Admin, after: After = None, limit: Limit = 20) -> Listing[TenantCard]:
     """Tenants, the newest first."""
     with _told():
@@ -55,43 +57,40 @@ def list_tenants(request: Request, identity: _Admin, after: After = None, limit:
     return Listing[TenantCard].of([_tenant(tenant) for tenant in page.items], page.has_more)
 
 
-@router.get("/tenants/{tenant_id}")
+@router.get("/tenants/{tenant_id}", summary="Retrieve a tenant")
 def get_tenant(request: Request, tenant_id: str, identity: _Admin) -> TenantCard:
     """One tenant."""
     with _told():
         return _tenant(_catalogue(request).tenants.get(tenant_id))
 
 
-@router.post("/tenants/{tenant_id}")
+@router.post("/tenants/{tenant_id}", summary="Modify a tenant")
 def change_tenant(request: Request, tenant_id: str, body: TenantChange, identity: _Admin) -> TenantCard:
     """Give a tenant other limits, or refuse and take its keys; both hold from the next request on."""
     changed = body.limits.model_dump(exclude_none=True)
-    tenants = _catalogue(request).tenants
+    line = noted(request, identity, "tenant.change", limits=changed, disabled=body.disabled)
     with _told():
-        tenant = tenants.get(tenant_id)
-        if changed:
-            tenant = tenants.change_limits(tenant_id, changed)
-        if body.disabled is not None:
-            tenant = tenants.disable(tenant_id) if body.disabled else tenants.enable(tenant_id)
-    record(request, identity, "tenant.change", tenant_id, limits=changed, disabled=body.disabled)
-    return _tenant(tenant)
+        return _tenant(
+            _catalogue(request).tenants.change(tenant_id, limits=changed, disabled=body.disabled, audit=line)
+        )
 
 
-@router.post("/keys")
+@router.post("/keys", summary="Create a key")
 def create_key(request: Request, body: KeyRequest, identity: _Admin) -> NewKeyCard:
     """Add a key; its secret is in this answer and nowhere else."""
     catalogue, once = _catalogue(request), once_of(request)
     once.hide("secret")
     expires_at = None if body.expires_days is None else catalogue.now() + body.expires_days * 24 * 3600
+    line = noted(request, identity, "key.create", tenant=body.tenant_id, scopes=sorted(body.scopes))
+    key_id, named = once.new_id("key_"), body.name
     with _told():
         made = catalogue.keys.create(
-            body.tenant_id, body.scopes, name=body.name, expires_at=expires_at, key_id=once.new_id("key_")
+            body.tenant_id, body.scopes, name=named, expires_at=expires_at, key_id=key_id, audit=line
         )
-    record(request, identity, "key.create", made.key.id, tenant=body.tenant_id, scopes=sorted(body.scopes))
     return _new_key(made)
 
 
-@router.get("/keys")
+@router.get("/keys", summary="List keys")
 def list_keys(
     request: Request, identity: _Admin, after: After = None, limit: Limit = 20, tenant_id: str | None = None
 ) -> Listing[KeyCard]:
@@ -101,31 +100,30 @@ def list_keys(
     return Listing[KeyCard].of([KeyCard(**_key(key)) for key in page.items], page.has_more)
 
 
-@router.get("/keys/{key_id}")
+@router.get("/keys/{key_id}", summary="Retrieve a key")
 def get_key(request: Request, key_id: str, identity: _Admin) -> KeyCard:
     """One key, without its secret."""
     with _told():
         return KeyCard(**_key(_catalogue(request).keys.get(key_id)))
 
 
-@router.post("/keys/{key_id}/rotate")
+@router.post("/keys/{key_id}/rotate", summary="Rotate a key")
 def rotate_key(request: Request, key_id: str, body: RotateRequest, identity: _Admin) -> NewKeyCard:
     """A new secret with the same scopes; the old one is taken for a while longer."""
     once = once_of(request)
     once.hide("secret")
+    new, overlap_s = once.new_id("key_"), body.overlap_seconds
+    line = noted(request, identity, "key.rotate", new=new, overlap_s=overlap_s)
     with _told():
-        made = _catalogue(request).keys.rotate(key_id, overlap_s=body.overlap_seconds, successor_id=once.new_id("key_"))
-    record(request, identity, "key.rotate", key_id, new=made.key.id, overlap_s=body.overlap_seconds)
+        made = _catalogue(request).keys.rotate(key_id, overlap_s=overlap_s, successor_id=new, audit=line)
     return _new_key(made)
 
 
-@router.delete("/keys/{key_id}")
+@router.delete("/keys/{key_id}", summary="Revoke a key")
 def revoke_key(request: Request, key_id: str, identity: _Admin) -> KeyCard:
     """Refuse a key for good, from the next request on."""
     with _told():
-        key = _catalogue(request).keys.revoke(key_id)
-    record(request, identity, "key.revoke", key_id, tenant=key.tenant_id)
-    return KeyCard(**_key(key))
+        return KeyCard(**_key(_catalogue(request).keys.revoke(key_id, noted(request, identity, "key.revoke"))))
 
 
 def _catalogue(request: Request) -> Catalogue:

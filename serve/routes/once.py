@@ -5,11 +5,14 @@ was refused at its first try had no effect, and its key is free again. Streams a
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
+import logging
 import re
 import secrets
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
@@ -24,21 +27,25 @@ from starlette.responses import Response
 from serve.catalogue import Catalogue, new_id
 from serve.catalogue.idempotency import Answered, Begun, Busy, Reused
 from serve.catalogue.records import Scope
-from serve.failures import ApiError
+from serve.failures import ApiError, DatabaseUnavailableError
 from serve.routes import service_of
 from serve.routes.identity import Identity, authorize, identify, scope_of
 
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _MOST_BYTES = 2**20
 _LONGEST_WAIT_S = 5
+# Several within the minute after which a request counts as dead.
+_BEAT_S = 15.0
+_log = logging.getLogger(__name__)
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 class Once:
     """One POST that is being carried out; without a key it remembers nothing.
 
-    A server that dies in the middle leaves the request unsettled: for a minute it is answered 409, then the next try
-    carries it out. What that try makes under `new_id` is what the first one made, if it got so far."""
+    Within `held`, the database is told again and again that it is. A server that dies in the middle leaves the request
+    unsettled: for a minute it is answered 409, then the next try carries it out. What that try makes under `new_id` is
+    what the first one made, if it got so far, or makes if it is not dead but was cut off from the database."""
 
     def __init__(self, catalogue: Catalogue | None = None, tenant_id: str = "", key: str = "") -> None:
         self._catalogue, self._tenant_id, self._key = catalogue, tenant_id, key
@@ -90,6 +97,28 @@ class Once:
             )
         else:
             raise _refused(found)
+
+    @asynccontextmanager
+    async def held(self) -> AsyncIterator[None]:
+        """Keep others from taking the request over during the block, however long it takes."""
+        beats = asyncio.create_task(self._beat()) if self._catalogue is not None else None
+        try:
+            yield
+        finally:
+            if beats is not None:
+                beats.cancel()
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(_BEAT_S)
+            try:
+                await anyio.to_thread.run_sync(self._hold)
+            except DatabaseUnavailableError as error:
+                _log.warning("a request cannot be held on to: %s", error)
+
+    def _hold(self) -> None:
+        if self._catalogue is not None and self._begun is not None:
+            self._catalogue.idempotency.hold(self._tenant_id, self._key, self._begun.holder)
 
     def finish(self, status: int, body: bytes) -> None:
         """The request was answered: remember a success, and free the key after a refusal of the first try.
@@ -168,7 +197,8 @@ async def _once(request: Request, handle: Handler) -> Response:
     if once.replay is not None:
         return once.replay
     try:
-        response = await handle(request)
+        async with once.held():
+            response = await handle(request)
     except (Exception, anyio.get_cancelled_exc_class()) as error:
         # Also when the client has gone: its next try need not wait until this one counts as dead.
         with anyio.CancelScope(shield=True):

@@ -22,8 +22,9 @@ class EngineConfig(Config):
     max_concurrent: int = Field(default=32, ge=1)
     """Choices that one engine generates at the same time, in one batch; further ones wait their turn."""
     max_batch_tokens: int = Field(default=65_536, ge=1)
-    """Bound on choices in the batch times the most tokens (prompt and answer) of one of them: what the key-value cache
-    may come to. A single choice may have more."""
+    """Bound on choices in the batch times the tokens (prompt and answer so far) of the longest: how large the key-value
+    cache gets. Where answers outgrow it, the choices that began last wait for room and go on from where they were. A
+    single choice may have more."""
     max_waiting: int = Field(default=256, ge=1)
     """Requests that wait for room in one engine's batch; further ones are answered 429."""
     max_choices: int = Field(default=32, ge=1)

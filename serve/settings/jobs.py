@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from ot_ray.config import Config
 from ot_ray.model import Method
-
-# Twelve hours, less what a job takes to end.
-_LONGEST_SESSION_S = 43_000.0
 
 
 class JobsConfig(Config):
@@ -34,7 +31,8 @@ class JobsConfig(Config):
     launch_s: float = Field(default=600.0, gt=0)
     """Seconds within which a launcher must take a job; after that the run counts as lost."""
     attempts: int = Field(default=3, ge=1)
-    """Runs that a job gets when the cluster loses it; a job that fails by itself gets no second one."""
+    """Runs that a job gets when the cluster loses it, and runs in a row that may end by themselves, without a word and
+    without a step further; a job that says why it fails gets no second one."""
     tuning_method: Method = "lora"
     """What is tuned where a customer does not say."""
     learning_rate: float | None = Field(default=None, gt=0)
@@ -54,7 +52,8 @@ class JobsConfig(Config):
     public_key: str | None = None
     """File with the public key that bundles are signed with; jobs verify bundles by it."""
     role_arn: str | None = None
-    """AWS role from which a job's credentials of short life are made; needed where the store is on S3."""
+    """AWS role from which a job's credentials are made, for a quarter of an hour each time; needed where the store is
+    on S3."""
     sts_endpoint: str | None = None
     """Address of the token service that makes them; null for the store's own server, or Amazon's."""
     tick_s: float = Field(default=1.0, gt=0)
@@ -71,12 +70,5 @@ class JobsConfig(Config):
     """Progress files of one job that are read at all."""
     sweep_s: float = Field(default=60.0, gt=0)
     """Seconds between two searches for what has expired."""
-
-    @model_validator(mode="after")
-    def _credentials_last(self) -> JobsConfig:
-        if self.role_arn is not None and self.time_limit_s > _LONGEST_SESSION_S:
-            raise ValueError(
-                f"time_limit_s is {self.time_limit_s:g}, but the credentials of a job on S3 last twelve hours at most; "
-                f"use up to {_LONGEST_SESSION_S:g}, and a role whose sessions may last as long"
-            )
-        return self
+    keep_retired_days: float = Field(default=30.0, ge=0, le=36_500)
+    """Days for which the store keeps a model that was deleted or rolled back, so that it can be promoted again."""

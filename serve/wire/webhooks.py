@@ -5,15 +5,16 @@ Delivering is left to the controller."""
 from __future__ import annotations
 
 import ipaddress
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 from urllib.parse import SplitResult, urlsplit
 
-from pydantic import AfterValidator, BaseModel, Field, field_validator
+from pydantic import AfterValidator, BaseModel, Field
 
 from ot_ray.config import Config
 from serve.wire.base import Request, at_most
 
 EventType = Literal["fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled"]
+EVENT_TYPES: tuple[EventType, ...] = get_args(EventType)
 
 
 class WebhookConfig(Config):
@@ -38,6 +39,8 @@ class WebhookConfig(Config):
     """Deliveries that wait for their endpoints at once."""
     endpoints_per_tenant: int = Field(default=20, ge=1)
     """Endpoints that one tenant may have."""
+    keep_s: float = Field(default=30 * 24 * 3600.0, ge=0)
+    """Seconds for which deliveries that were made or given up, and removed endpoints, stay in the database."""
 
 
 def forbidden_address(address: str) -> bool:
@@ -99,20 +102,68 @@ def _plain_name(name: str) -> str:
     return name
 
 
+def _once_each(events: list[EventType]) -> list[EventType]:
+    return sorted(set(events))
+
+
+_Url = Annotated[str, Field(max_length=2048), AfterValidator(_plain_url)]
+_Events = Annotated[list[EventType], at_most(16), Field(min_length=1, max_length=16), AfterValidator(_once_each)]
+_Name = Annotated[str, Field(max_length=256), AfterValidator(_plain_name)]
+
+
 class WebhookRequest(Request):
     """The body of `POST /v1/webhook_endpoints`."""
 
-    url: Annotated[str, Field(max_length=2048), AfterValidator(_plain_url)]
+    url: _Url
     """Where to send events."""
-    event_types: Annotated[list[EventType], at_most(16)] = Field(min_length=1, max_length=16)
+    event_types: _Events
     """Which events to send."""
-    name: Annotated[str, Field(max_length=256), AfterValidator(_plain_name)] = "webhook"
+    name: _Name = "webhook"
     """For people."""
 
-    @field_validator("event_types")
-    @classmethod
-    def _once_each(cls, events: list[EventType]) -> list[EventType]:
-        return sorted(set(events))
+
+class WebhookChange(Request):
+    """The body of `POST /v1/webhook_endpoints/{id}`: what is left out stays as it is."""
+
+    url: _Url | None = None
+    """Where to send events."""
+    event_types: _Events | None = None
+    """Which events to send, all of them."""
+    name: _Name | None = None
+    """For people."""
+
+
+class RotateSecretRequest(Request):
+    """The body of `POST /v1/webhook_endpoints/{id}/rotate_secret`."""
+
+    keep_old_secret_active_for_24_hours: bool = False
+    """Sign with the old secret too, for a day, so that receivers have time to change."""
+
+
+class WebhookTestRequest(Request):
+    """The body of `POST /v1/webhook_endpoints/{id}/test`."""
+
+    event_type: EventType
+    """Which event to send a sample of."""
+
+
+class WebhookTestResult(BaseModel):
+    """What an endpoint answered to a sample."""
+
+    object: Literal["webhook_endpoint.test"] = "webhook_endpoint.test"
+    webhook_endpoint_id: str
+    event_type: EventType
+    status_code: int
+    """The HTTP status of the answer."""
+    success: Literal[True] = True
+    """That there was an answer."""
+
+
+class EventTypes(BaseModel):
+    """Every event that an endpoint can be told of."""
+
+    object: Literal["list"] = "list"
+    data: list[EventType]
 
 
 class WebhookEndpoint(BaseModel):

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,21 @@ def test_a_withdrawn_older_version_leaves_the_current_one(registry: Registry) ->
         registry.resolve(two.model_id)
     assert registry.rollback(*WHERE) == one
     assert served(registry) == [one.model_id]
+
+
+def test_what_is_out_of_service_is_known_with_its_time(registry: Registry) -> None:
+    # Entries have whole seconds.
+    begun = datetime.now(timezone.utc) - timedelta(seconds=2)
+    ids = [add(registry, value).model_id for value in (1.0, 2.0, 3.0, 4.0, 5.0)]
+    for model_id in ids[:4]:
+        registry.promote(model_id)
+    registry.rollback(*WHERE)
+    registry.withdraw(ids[0])
+    registry.withdraw(ids[1])
+    registry.promote(ids[1])
+    later = datetime.now(timezone.utc) + timedelta(seconds=1)
+    assert registry.retired(begun) == [] and registry.retired(later) == sorted([ids[0], ids[3]])
+    assert registry.remove(ids[0]) and registry.retired(later) == [ids[3]]
 
 
 def test_what_was_rolled_back_or_withdrawn_is_served_again_once_promoted(registry: Registry) -> None:

@@ -6,6 +6,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,10 +21,12 @@ from ot_ray.artifacts.manifest import NAME_PATTERN
 from ot_ray.config import parse
 from ot_ray.errors import AlreadyExistsError, ConfigError, NotFoundError
 from serve.catalogue import Catalogue, DatabaseConfig, TenantLimits, tenants
+from serve.catalogue.idempotency import Begun, Busy
 from serve.catalogue.records import Job
 from serve.catalogue.schema import metadata
 from serve.failures import DatabaseUnavailableError
 from tests.fixtures.postgres import PostgresServer
+from tests.service.database_time import let_pass
 
 T = TypeVar("T")
 TOGETHER = 8
@@ -355,20 +358,34 @@ def test_a_days_tokens_are_never_overdrawn(timed: Catalogue, clock: Clock) -> No
     assert not timed.counts.take_tokens(tenant.id, 1, 100)
 
 
-def test_a_lease_has_one_holder(timed: Catalogue, clock: Clock) -> None:
-    took = at_once(lambda number: timed.leases.take("controller", f"c{number}", 30))
+def test_a_lease_has_one_holder(any_catalogue: Catalogue, any_database_url: str) -> None:
+    leases = any_catalogue.leases
+    took = at_once(lambda number: leases.take("controller", f"c{number}", 600))
     assert took.count(True) == 1
     holder, other = f"c{took.index(True)}", f"c{took.index(False)}"
-    clock.now += 29
-    assert timed.leases.take("controller", holder, 30) and not timed.leases.take("controller", other, 30)
-    clock.now += 29
-    assert not timed.leases.take("controller", other, 30), "the second taking made it last longer"
-    clock.now += 1
-    assert timed.leases.take("controller", other, 30) and not timed.leases.take("controller", holder, 30)
-    timed.leases.release("controller", holder)
-    assert not timed.leases.take("controller", holder, 30)
-    timed.leases.release("controller", other)
-    assert timed.leases.take("controller", holder, 30)
+    let_pass(any_database_url, "leases.expires_at", 400)
+    assert leases.take("controller", holder, 600) and not leases.take("controller", other, 600)
+    let_pass(any_database_url, "leases.expires_at", 400)
+    assert not leases.take("controller", other, 600), "the second taking made it last longer"
+    let_pass(any_database_url, "leases.expires_at", 200)
+    assert leases.take("controller", other, 600) and not leases.take("controller", holder, 600)
+    leases.release("controller", holder)
+    assert not leases.take("controller", holder, 600)
+    leases.release("controller", other)
+    assert leases.take("controller", holder, 600)
+
+
+def test_machines_whose_clocks_differ_agree_on_what_is_held(timed: Catalogue, any_database_url: str) -> None:
+    tenant_id = timed.tenants.create("anna").id
+    assert timed.leases.take("controller", "one", 600)
+    begun = timed.idempotency.begin(tenant_id, "k", "print", stale_s=600)
+    assert isinstance(begun, Begun)
+    for hours in (-10_000, 10):
+        other = Catalogue.open(any_database_url, lambda hours=hours: time.time() + 3600 * hours)
+        assert not other.leases.take("controller", "other", 600)
+        assert isinstance(other.idempotency.begin(tenant_id, "k", "print", stale_s=600), Busy)
+        other.close()
+    assert timed.leases.take("controller", "one", 600)
 
 
 def test_expired_and_deleted_files_are_in_no_answer(timed: Catalogue, clock: Clock) -> None:

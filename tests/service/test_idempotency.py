@@ -6,12 +6,14 @@ import asyncio
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
 import httpx
 import pytest
+import sqlalchemy as sa
 from fastapi import APIRouter, Depends, Request
 from fastapi.testclient import TestClient
 from pydantic import BaseModel
@@ -19,7 +21,7 @@ from starlette.responses import Response, StreamingResponse
 
 from ot_ray.store import LocalStore
 from serve.api import create_api
-from serve.catalogue import SCOPES, Catalogue
+from serve.catalogue import SCOPES, Catalogue, schema
 from serve.catalogue.idempotency import Answered, Begun, Busy, Reused
 from serve.config import ServeConfig
 from serve.engine.backend import Backend
@@ -28,6 +30,7 @@ from serve.routes.identity import Identity, needs
 from serve.routes.once import OnceRoute, once_of
 from serve.service import Service
 from tests.service.clients import ClientOf, new_key
+from tests.service.database_time import let_pass
 
 PATIENCE_S = 120.0
 Effects = list[str]
@@ -131,6 +134,35 @@ def test_of_many_at_once_one_is_carried_out(client: TestClient, counter: Counter
     assert len(counter.effects) == 1
 
 
+def test_a_request_that_takes_long_is_not_taken_over(
+    client: TestClient, counter: Counter, any_database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def held_since(seconds: int) -> bool:
+        """Whether the request was held on to within the last so many seconds."""
+        found = client.app.state.service.catalogue.idempotency  # type: ignore[attr-defined]
+        with found._database.read() as connection:
+            age = found._database.shared_now() - schema.idempotency.c.begun_at
+            return connection.execute(sa.select(age)).scalar_one() < seconds
+
+    monkeypatch.setattr("serve.routes.once._BEAT_S", 0.05)
+    counter.go_on.clear()
+    with ThreadPoolExecutor(1) as thread:
+        first = thread.submit(order, client, text="a")
+        try:
+            assert counter.begun.wait(PATIENCE_S)
+            let_pass(any_database_url, "idempotency.begun_at", 10_000)
+            deadline = time.monotonic() + PATIENCE_S
+            while not held_since(5_000):
+                assert time.monotonic() < deadline, "nobody held on to it"
+                time.sleep(0.02)
+            assert order(client, text="a").status_code == 409
+        finally:
+            counter.go_on.set()
+        assert first.result(PATIENCE_S).status_code == 200
+    assert order(client, text="a").headers["idempotency-replayed"] == "true"
+    assert len(counter.effects) == 1
+
+
 @pytest.mark.parametrize("status", [400, 404, 409, 429])
 def test_a_refusal_frees_the_key(client: TestClient, counter: Counter, status: int) -> None:
     assert order(client, status=status).status_code == status
@@ -211,17 +243,21 @@ def test_a_dead_servers_request_is_taken_over_once(any_database_url: str) -> Non
     now = 1_800_000_000
     catalogue = Catalogue.open(any_database_url, lambda: now)
     rows, tenant = catalogue.idempotency, catalogue.tenants.create("anna").id
-    dead = rows.begin(tenant, "k", "print", stale_s=60)
+    dead = rows.begin(tenant, "k", "print", stale_s=3600)
     assert isinstance(dead, Begun)
-    now += 59
-    assert rows.begin(tenant, "k", "print", stale_s=60) == Busy(1)
-    assert rows.begin(tenant, "k", "another", stale_s=60) == Reused()
-    now += 1
+    let_pass(any_database_url, "idempotency.begun_at", 3000)
+    left = rows.begin(tenant, "k", "print", stale_s=3600)
+    assert isinstance(left, Busy) and 0 < left.seconds <= 600
+    assert rows.begin(tenant, "k", "another", stale_s=3600) == Reused()
+    assert rows.hold(tenant, "k", dead.holder)
+    let_pass(any_database_url, "idempotency.begun_at", 3000)
+    assert isinstance(rows.begin(tenant, "k", "print", stale_s=3600), Busy), "it was held on to"
+    let_pass(any_database_url, "idempotency.begun_at", 600)
     barrier = threading.Barrier(6)
 
     def take(_: int) -> object:
         barrier.wait()
-        return rows.begin(tenant, "k", "print", stale_s=60)
+        return rows.begin(tenant, "k", "print", stale_s=3600)
 
     with ThreadPoolExecutor(6) as threads:
         found = list(threads.map(take, range(6)))
@@ -229,6 +265,7 @@ def test_a_dead_servers_request_is_taken_over_once(any_database_url: str) -> Non
     assert heir.nonce == dead.nonce and heir.holder != dead.holder
     assert all(isinstance(item, Busy) for item in found if item is not heir)
     rows.finish(tenant, "k", dead.holder, 200, "from the dead")
+    assert not rows.hold(tenant, "k", dead.holder)
     assert isinstance(rows.begin(tenant, "k", "print"), Busy), "who was thought dead settles nothing"
     rows.finish(tenant, "k", heir.holder, 200, "done")
     assert rows.begin(tenant, "k", "print") == Answered(200, "done")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import logging
@@ -9,34 +10,44 @@ import socket
 import sqlite3
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import sqlalchemy as sa
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from fastapi.testclient import TestClient
-from openai import InvalidWebhookSignatureError, OpenAI
-from openai.types.webhooks import DeletedWebhookEndpoint, WebhookEndpoint, WebhookEndpointWithSecret
+from openai import BadRequestError, InvalidWebhookSignatureError, OpenAI
+from openai.types.webhooks import (
+    DeletedWebhookEndpoint,
+    WebhookEndpoint,
+    WebhookEndpointTestResult,
+    WebhookEndpointWithSecret,
+    WebhookEventTypeList,
+)
 
 from ot_ray.errors import ConfigError
 from ot_ray.store import LocalStore
-from serve.catalogue import Catalogue
+from serve.catalogue import Catalogue, schema
 from serve.catalogue.records import Delivery, Webhook
 from serve.config import ServeConfig
-from serve.controller.outbound import OutboundError, post
-from serve.controller.webhooks import Deliverer, pause_s, signature
+from serve.controller.webhooks import Deliverer, pause_s
 from serve.failures import DatabaseUnavailableError
+from serve.outbound import OutboundError, post
 from serve.service import Service
+from serve.webhook_requests import signature
 from serve.wire.webhooks import WebhookConfig, forbidden_address, url_problem
 from tests.service.clients import ClientOf
 from tests.service.openai_client import openai_client
 from tests.service.webhook_receiver import Receiver, receiver
 
 ENDPOINTS = "/v1/webhook_endpoints"
+GOOD = {"url": "https://hooks.example/", "name": "mine", "event_types": ["fine_tuning.job.failed"]}
 SUCCEEDED, FAILED = "fine_tuning.job.succeeded", "fine_tuning.job.failed"
 LOCAL = WebhookConfig(allow_http=True, allow_private=True, timeout_s=60)
 HASTY = LOCAL.model_copy(update={"timeout_s": 0.5})
@@ -282,6 +293,31 @@ class TestDelivering:
         catalogue.webhooks.not_delivered(delivery.id, 1, catalogue.now() + 5, "no answer")
         assert only(catalogue, tenant).delivered_at is not None and only(catalogue, tenant).next_at is None
 
+    def test_what_was_settled_long_ago_is_swept_and_nothing_else(
+        self, catalogue: Catalogue, tenant: str, there: Receiver, deliverer: Deliverer, clock: Clock
+    ) -> None:
+        kept, gone = endpoint(catalogue, tenant, there.url("/a")), endpoint(catalogue, tenant, there.url("/status/503"))
+        end_a_job(catalogue, tenant)
+        deliver(deliverer, clock)
+        deliver(deliverer, clock)
+        clock.now += 1000
+        due = end_a_job(catalogue, tenant)
+        catalogue.webhooks.disable(tenant, gone.id)
+        catalogue.webhooks.sweep(1001)
+        assert len(catalogue.webhooks.deliveries(tenant)) == 4
+        catalogue.webhooks.sweep(1000)
+        assert [item.delivered_at is None for item in catalogue.webhooks.deliveries(tenant)] == [True] * 3
+        clock.now += 1000
+        catalogue.webhooks.sweep(1000)
+        (left,) = catalogue.webhooks.deliveries(tenant)
+        assert (left.object_id, left.webhook_id) == (due, kept.id) and left.next_at is not None, "it is due"
+        with catalogue._database.read() as connection:
+            assert connection.execute(sa.select(schema.webhooks.c.id)).scalars().all() == [kept.id]
+        assert deliver(deliverer, clock) == 1
+        clock.now += LOCAL.keep_s
+        deliverer.sweep()
+        assert catalogue.webhooks.deliveries(tenant) == [] and catalogue.webhooks.get(tenant, kept.id) == kept
+
     def test_a_removed_endpoint_gets_nothing_more(
         self, catalogue: Catalogue, tenant: str, there: Receiver, deliverer: Deliverer, clock: Clock
     ) -> None:
@@ -475,6 +511,97 @@ class TestEndpoints:
         assert webhooks.delete(made.id).deleted
         assert [item.id for item in webhooks.list()] == [second.id]
 
+    def test_the_openai_client_changes_an_endpoint(self, anna: TestClient, catalogue: Catalogue, clock: Clock) -> None:
+        webhooks, tenant = openai_client(anna).webhooks, catalogue.tenants.named("anna").id
+        made = webhooks.create(name="mine", url="https://hooks.example/a", event_types=[SUCCEEDED])
+        clock.now += 10
+        same = webhooks.update(made.id, name="mine", url=made.url, event_types=[SUCCEEDED])
+        assert same.updated_at == made.updated_at == made.created_at
+        other = webhooks.update(made.id, event_types=[FAILED, SUCCEEDED])
+        assert (other.event_types, other.name, other.url) == ([FAILED, SUCCEEDED], "mine", made.url)
+        assert other.updated_at == made.created_at + 10
+        assert webhooks.update(made.id, name="new").name == "new"
+        assert webhooks.update(made.id, url="https://hooks.example/b").url == "https://hooks.example/b"
+        assert webhooks.retrieve(made.id) == webhooks.update(made.id)
+        assert catalogue.webhooks.get(tenant, made.id).secret == made.signing_secret
+        lines = [line.detail for line in catalogue.audit.list(action="webhook.update").items]
+        assert lines == [{"changed": ["url"], "host": "hooks.example"}, {"changed": ["name"]}, {"changed": ["events"]}]
+        assert webhooks.event_types.list().data == [SUCCEEDED, FAILED, "fine_tuning.job.cancelled"]
+        WebhookEventTypeList.model_validate(anna.get("/v1/webhook_event_types").json(), strict=True)
+
+    def test_a_sample_is_sent_at_once_and_its_answer_told(
+        self, anna: TestClient, catalogue: Catalogue, service: Service, there: Receiver
+    ) -> None:
+        local = service.settings.model_copy(update={"webhooks": LOCAL})
+        anna.app.state.service = dataclasses.replace(service, settings=local)  # type: ignore[attr-defined]
+        webhooks, tenant = openai_client(anna).webhooks, catalogue.tenants.named("anna").id
+        made = webhooks.create(name="mine", url=there.url("/status/503"), event_types=[SUCCEEDED])
+        found = webhooks.test(made.id, event_type=FAILED)
+        assert (found.status_code, found.success, found.event_type) == (503, True, FAILED)
+        raw = anna.post(f"{ENDPOINTS}/{made.id}/test", json={"event_type": FAILED}).json()
+        WebhookEndpointTestResult.model_validate(raw, strict=True)
+        for headers, body in there.at("/status/503"):
+            event = VERIFIER.webhooks.unwrap(body, headers, secret=made.signing_secret)
+            assert event.type == FAILED and event.id == headers["webhook-id"]  # type: ignore[union-attr]
+        assert len(there.received) == 2 and catalogue.webhooks.deliveries(tenant) == []
+        webhooks.update(made.id, url=there.url("/garbage"))
+        with pytest.raises(BadRequestError, match="does not speak HTTP") as failed:
+            webhooks.test(made.id, event_type=FAILED)
+        assert failed.value.code == "webhook_test_failed"
+
+    def test_one_sample_at_a_time_waits_for_a_machine_of_the_tenants(
+        self, anna: TestClient, client_of: ClientOf, service: Service, there: Receiver
+    ) -> None:
+        local = service.settings.model_copy(update={"webhooks": LOCAL})
+        anna.app.state.service = dataclasses.replace(service, settings=local)  # type: ignore[attr-defined]
+        ben = client_of("ben")
+        hangs, answers = (
+            client.post(ENDPOINTS, json={"url": there.url(path), "event_types": [FAILED]}).json()["id"]
+            for client, path in ((anna, "/hang"), (ben, "/a"))
+        )
+        with ThreadPoolExecutor(1) as thread:
+            first = thread.submit(anna.post, f"{ENDPOINTS}/{hangs}/test", json={"event_type": FAILED})
+            try:
+                deadline = time.monotonic() + 120
+                while not there.at("/hang"):
+                    assert time.monotonic() < deadline
+                    time.sleep(0.01)
+                again = anna.post(f"{ENDPOINTS}/{hangs}/test", json={"event_type": FAILED})
+                assert again.status_code == 429 and again.headers["retry-after"] == "1"
+                other = ben.post(f"{ENDPOINTS}/{answers}/test", json={"event_type": FAILED})
+                assert other.json()["status_code"] == 200
+            finally:
+                there.over.set()
+            assert first.result(120).status_code == 400, "it was cut off"
+        assert len(there.at("/hang")) == 1
+
+    def test_an_old_secret_signs_for_a_day_where_that_is_asked_for(
+        self, anna: TestClient, catalogue: Catalogue, there: Receiver, deliverer: Deliverer, clock: Clock
+    ) -> None:
+        tenant = catalogue.tenants.named("anna").id
+        made = endpoint(catalogue, tenant, there.url("/a"))
+        webhooks, secrets = openai_client(anna).webhooks, [made.secret]
+        for keep in (True, False, True):
+            secrets.append(webhooks.rotate_secret(made.id, keep_old_secret_active_for_24_hours=keep).signing_secret)
+            end_a_job(catalogue, tenant)
+            assert deliver(deliverer, clock) == 1
+        clock.now += 24 * 3600
+        catalogue.webhooks.sweep(10**6)
+        assert catalogue.webhooks.get(tenant, made.id).previous_secret is None
+        end_a_job(catalogue, tenant)
+        assert deliver(deliverer, clock) == 1
+
+        def taken_by(headers: dict[str, str], body: bytes) -> list[int]:
+            stamp = int(headers["webhook-timestamp"])
+            signed = [signature(secret, headers["webhook-id"], stamp, body) for secret in secrets]
+            assert set(headers["webhook-signature"].split()) <= set(signed)
+            return [number for number, found in enumerate(signed) if found in headers["webhook-signature"].split()]
+
+        assert [taken_by(headers, body) for headers, body in there.at("/a")] == [[0, 1], [2], [2, 3], [3]]
+        headers, body = there.at("/a")[0]
+        for secret in secrets[:2]:
+            assert VERIFIER.webhooks.unwrap(body, headers, secret=secret).type == SUCCEEDED
+
     def test_the_objects_are_openais_and_secrets_are_shown_once(self, anna: TestClient) -> None:
         body = {"name": "mine", "url": "https://hooks.example/a", "event_types": [SUCCEEDED]}
         made = anna.post(ENDPOINTS, json=body)
@@ -573,6 +700,11 @@ class TestEndpoints:
         answer = anna.post(ENDPOINTS, json=body)
         assert answer.status_code == 400 and answer.json()["error"]["param"] == param, answer.text
         assert anna.get(ENDPOINTS).json()["data"] == []
+        made = anna.post(ENDPOINTS, json=GOOD).json()
+        if None not in change.values():  # which leaves a field as it is
+            answer = anna.post(f"{ENDPOINTS}/{made['id']}", json=change)
+            assert answer.status_code == 400 and answer.json()["error"]["param"] == param, answer.text
+        assert anna.get(f"{ENDPOINTS}/{made['id']}").json()["updated_at"] == made["updated_at"]
 
     def test_there_may_be_so_many(self, anna: TestClient, service: Service) -> None:
         most = service.settings.webhooks.endpoints_per_tenant
@@ -586,8 +718,9 @@ class TestEndpoints:
         body = {"url": "https://hooks.example/", "event_types": [SUCCEEDED]}
         mine, ben = anna.post(ENDPOINTS, json=body).json()["id"], client_of("ben")
         nobodys = "wh_" + "0" * 24
-        for method, path in (("GET", ""), ("DELETE", ""), ("POST", "/rotate_secret")):
-            theirs, none = (ben.request(method, f"{ENDPOINTS}/{one}{path}") for one in (mine, nobodys))
+        calls = [("GET", "", None), ("DELETE", "", None), ("POST", "/rotate_secret", None), ("POST", "", {"name": "x"})]
+        for method, path, sent in (*calls, ("POST", "/test", {"event_type": SUCCEEDED})):
+            theirs, none = (ben.request(method, f"{ENDPOINTS}/{one}{path}", json=sent) for one in (mine, nobodys))
             assert theirs.status_code == none.status_code == 404
             assert theirs.text.replace(mine, nobodys) == none.text
         assert ben.get(ENDPOINTS).json()["data"] == []
