@@ -22,6 +22,7 @@ from serve.controller.checking import check
 from serve.controller.desk import Desk
 from serve.controller.finishing import clean, finish
 from serve.controller.patience import Patience, is_known, kind_of
+from serve.controller.retired import RetiredModels
 from serve.controller.starting import launch, take_turns
 from serve.controller.watching import watch
 from serve.settings.jobs import JobsConfig
@@ -46,7 +47,7 @@ class Controller:
         prepare: fills a job's part of the store and the folder that it is shipped with, and says how it is run.
         limits: what an adapter may be like; None for the usual.
         chores: what is done in every round beside the jobs, by name: offsite uploads, webhooks.
-        sweeps: what is done every `settings.sweep_s` seconds, by name, beside forgetting old keys and counts.
+        sweeps: what is done every `settings.sweep_s` seconds, by name, beside forgetting old keys, counts and models.
         clock: seconds since 1970, as the catalogue has them.
     """
 
@@ -69,7 +70,12 @@ class Controller:
             catalogue, store, launcher, settings, accept, canary, prepare, limits or InspectionLimits(), clock
         )
         self._chores = chores or {}
-        self._sweeps = {"keys": catalogue.idempotency.sweep, "counts": catalogue.counts.sweep, **(sweeps or {})}
+        self._sweeps: dict[str, Chore] = {
+            "keys": catalogue.idempotency.sweep,
+            "counts": catalogue.counts.sweep,
+            "models": RetiredModels(self._desk).sweep,
+            **(sweeps or {}),
+        }
         self._holder = uuid4().hex
         kinds = ("validating", "launching", "watching", "finishing", "cleaning")
         # None of the rest ever waits for another.

@@ -13,6 +13,7 @@ from pathlib import Path
 from ot_ray.errors import AlreadyExistsError, ArtifactError, DataError, LaunchError, NotFoundError
 from serve.catalogue.records import Job
 from serve.catalogue.runs import Line
+from serve.controller.credentials import first_use_s
 from serve.controller.desk import Desk
 from serve.controller.queue import Share, Waiting, choose
 
@@ -58,6 +59,10 @@ def launch(desk: Desk, job: Job) -> None:
     elif status == "failed" and desk.launcher.found_no_room(job.submission_id or job.id):
         # Nothing of it ran, so that no attempt is counted as lost.
         desk.catalogue.runs.begin_again(job, submission_id(job, job.attempt + 1), _no_room(job))
+    elif status in ("pending", "stopped") and _is_late(desk, job):
+        # It would begin with credentials that are over. Ray stops what is pending when it begins, which may be later.
+        stop(desk, job)
+        desk.catalogue.runs.begin_again(job, submission_id(job, job.attempt + 1), _no_room(job))
     elif status != "pending":
         desk.catalogue.runs.to_stage(job, "training", expected={"launching"}, launched_at=int(desk.clock()))
     elif job.launched_at is not None and desk.clock() > job.launched_at + _TELL_PENDING_S:
@@ -98,6 +103,33 @@ def lost(desk: Desk, job: Job, why: str) -> None:
     desk.catalogue.runs.begin_again(job, submission_id(job, job.attempt + 1), line)
 
 
+def died(desk: Desk, job: Job, ended: int, step: int) -> None:
+    """A run's process ended by itself without a step further than earlier runs: begin the next one, or, where as many
+    in a row did so as a job has runs, fail the job and say how they ended.
+
+    What takes the process with it, such as its memory, is the job's own failure; a process that leaves by itself, and
+    does not say that its data or settings are why, has trouble with its machine.
+
+    Args:
+        ended: its exit status, -n for the signal n.
+        step: the furthest step of all runs.
+    """
+    how = f"exit status {ended}" if ended >= 0 else f"killed by signal {-ended}"
+    source, place = f"died:{job.attempt:06d}", f"after step {step}" if step else "before its first step"
+    events = desk.catalogue.runs.taken(job.id, "died:")
+    here = [event for event in events if event.source_key != source and (event.data or {}).get("step") == step]
+    if len(here) + 1 >= desk.settings.attempts:
+        times = f"each time, {len(here) + 1} times in a row" if here else "once"
+        code = "training_failed" if ended < 0 else "server_error"
+        desk.fail(job, code, f"Its process ended by itself {place}, {times}: {how}.")
+        return
+    told = (
+        f"The job's process ended by itself {place}: {how}. It is begun again, from its last checkpoint if it has one."
+    )
+    line = Line(source, told, level="warn", data={"step": step})
+    desk.catalogue.runs.begin_again(job, submission_id(job, job.attempt + 1), line)
+
+
 def _submit(desk: Desk, job: Job) -> None:
     late = job.launched_at is not None and desk.clock() > job.launched_at + desk.settings.launch_s
     if job.attempt > 1:
@@ -122,6 +154,10 @@ def _submit(desk: Desk, job: Job) -> None:
             _log.warning("job %s was not taken by the launcher: %s", job.id, error)
             if late:
                 lost(desk, job, "it could not be started")
+
+
+def _is_late(desk: Desk, job: Job) -> bool:
+    return job.launched_at is not None and desk.clock() > job.launched_at + first_use_s(desk.store)
 
 
 def _no_room(job: Job) -> Line:

@@ -5,6 +5,7 @@ A finished training goes on in finishing.py."""
 from __future__ import annotations
 
 import logging
+import signal
 
 from ot_ray.errors import ArtifactError, NotFoundError
 from ot_ray.launch.jobs import DONE
@@ -12,8 +13,10 @@ from serve.catalogue.records import Job
 from serve.catalogue.runs import Line
 from serve.controller.desk import Desk, job_prefix
 from serve.controller.reports import CheckpointMade, Message, Metrics, Report, for_customers, parse_report, parse_result
-from serve.controller.starting import lost, set_aside, status_of, stop
+from serve.controller.starting import died, lost, set_aside, status_of, stop
 
+# By which a run shows others that it writes; no report.
+_CLAIM = "claim"
 _LONGEST_S = 10 * 365 * 24 * 3600.0
 
 _log = logging.getLogger(__name__)
@@ -32,7 +35,7 @@ def watch(desk: Desk, job: Job) -> None:
         set_aside(desk, job)
     elif job.launched_at is not None and desk.clock() > job.launched_at + desk.settings.time_limit_s:
         _stop(desk, job)
-        desk.fail(job, "time_limit_exceeded", f"The job took longer than {desk.settings.time_limit_s:g} s.")
+        _fail_late(desk, job)
 
 
 def _stop(desk: Desk, job: Job) -> None:
@@ -52,7 +55,34 @@ def _ended(desk: Desk, job: Job, status: str | None) -> None:
     elif job.wanted == "pause":
         desk.pause(job)
     else:
+        _gone(desk, job, status)
+
+
+def _gone(desk: Desk, job: Job, status: str | None) -> None:
+    """Begin again, or give up, where a process has ended neither with a result nor with a reason."""
+    ended = None if status is None else desk.launcher.exit_status(job.submission_id or job.id)
+    before, now = _furthest(desk, job)
+    if ended == -signal.SIGALRM:
+        # The alarm that was set when the command was started; it may go off before the controller looks.
+        _fail_late(desk, job)
+    elif ended is not None and now <= before:
+        died(desk, job, ended, before)
+    else:
         lost(desk, job, _LOST.get(status or "", "the launcher does not know it any more"))
+
+
+def _fail_late(desk: Desk, job: Job) -> None:
+    desk.fail(job, "time_limit_exceeded", f"The job took longer than {desk.settings.time_limit_s:g} s.")
+
+
+def _furthest(desk: Desk, job: Job) -> tuple[int, int]:
+    """The furthest step of earlier attempts, and that of the present one; 0 where none was taken."""
+    mine, steps = _source(job.attempt, ""), {False: 0, True: 0}
+    for event in desk.catalogue.runs.taken(job.id, "run:"):
+        if event.type == "metrics" and event.data:
+            present = (event.source_key or "").startswith(mine)
+            steps[present] = max(steps[present], event.data["step"])
+    return steps[False], steps[True]
 
 
 _LOST = {
@@ -88,7 +118,7 @@ def _read_reports(desk: Desk, job: Job) -> bool:
     """Take a round's worth of what the job reported into its history; whether nothing is left to take."""
     prefix, runs, settings = f"{job_prefix(job)}/events", desk.catalogue.runs, desk.settings
     last = runs.last_source(job.id, "run:").rpartition(":")[2]
-    names = [key.removeprefix(f"{prefix}/") for key in desk.store.list(prefix)]
+    names = [name for key in desk.store.list(prefix) if (name := key.removeprefix(f"{prefix}/")) != _CLAIM]
     new = [name for name in sorted(names) if name > last]
     over = max(0, len(names) - settings.max_events)
     new, dropped = new[: max(0, len(new) - over)], over > 0

@@ -1,13 +1,9 @@
-"""Delivers what the database says is due: signed as Standard Webhooks asks, tried again until it is taken.
+"""Delivers what the database says is due, and tries it again until it is taken.
 
-That an event is due is written in the transaction that ends its job; the request itself is made by outbound.py."""
+That an event is due is written in the transaction that ends its job; the request itself is webhook_requests.py's."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import hmac
-import json
 import logging
 import threading
 import time
@@ -17,22 +13,11 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from serve.catalogue import Catalogue
 from serve.catalogue.records import Delivery, Webhook
-from serve.controller.outbound import OutboundError, Resolver, post, resolve, trust
+from serve.outbound import OutboundError, Resolver, resolve, trust
+from serve.webhook_requests import send
 from serve.wire.webhooks import WebhookConfig
 
 _log = logging.getLogger(__name__)
-_PREFIX = "whsec_"
-
-
-def signature(secret: str, message_id: str, timestamp: int, body: bytes) -> str:
-    """The `webhook-signature` header: `v1,` and the base64 of HMAC-SHA256 over `id.timestamp.body`.
-
-    Args:
-        secret: `whsec_` and the key's base64.
-    """
-    key = base64.b64decode(secret.removeprefix(_PREFIX))
-    signed = f"{message_id}.{timestamp}.".encode() + body
-    return "v1," + base64.b64encode(hmac.new(key, signed, hashlib.sha256).digest()).decode()
 
 
 def pause_s(config: WebhookConfig, attempts: int) -> float:
@@ -88,6 +73,10 @@ class Deliverer:
             futures = [future for _, future in self._under_way.values()]
         return not wait(futures, timeout_s).not_done
 
+    def sweep(self) -> None:
+        """Forget deliveries that were settled long ago, and secrets and endpoints that nobody needs any more."""
+        self._catalogue.webhooks.sweep(int(self._config.keep_s))
+
     def close(self) -> None:
         """Wait for the deliveries that were begun, and begin no more."""
         self._threads.shutdown(wait=True)
@@ -115,17 +104,8 @@ class Deliverer:
 
     def _try(self, delivery: Delivery, webhook: Webhook) -> str | None:
         """Why the endpoint did not take it; None if it did."""
-        body = json.dumps(delivery.payload, separators=(",", ":"), ensure_ascii=False).encode()
-        timestamp = int(self._clock())
-        headers = {
-            "content-type": "application/json",
-            "user-agent": "ot_ray-webhooks/1",
-            "webhook-id": delivery.id,
-            "webhook-timestamp": str(timestamp),
-            "webhook-signature": signature(webhook.secret, delivery.id, timestamp, body),
-        }
         try:
-            status = post(webhook.url, headers, body, self._config, self._resolver)
+            status = send(webhook, delivery.payload, self._clock(), self._config, self._resolver)
         except OutboundError as error:
             return str(error)
         except Exception:

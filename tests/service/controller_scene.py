@@ -10,18 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import sqlalchemy as sa
-
-from ot_ray.artifacts import PlugInRecord, Registry
 from ot_ray.launch import JobSpec, ProcessLauncher
 from ot_ray.store import LocalStore
-from serve.catalogue import Catalogue, TenantLimits, schema
-from serve.catalogue.records import ENDED, Job, JobEvent, Tenant
+from serve.catalogue import Catalogue, TenantLimits
+from serve.catalogue.records import ENDED, Job, Tenant
 from serve.controller.acceptance import AcceptanceWork, Outcome, accept
 from serve.controller.job_folder import prepare
 from serve.controller.loop import Controller
 from serve.settings.jobs import JobsConfig
 from serve.stored_files import keep_file
+from tests.service.job_records import JobRecords
 
 STUB = Path(__file__).with_name("stub_job.py")
 EVENTS = ("fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled")
@@ -31,7 +29,7 @@ EXAMPLES = "".join(
 _PATIENCE_S = 240.0
 
 
-class Scene:
+class Scene(JobRecords):
     """Everything but the HTTP side; the plan of a job (stub_job.py) is in its metadata."""
 
     def __init__(
@@ -42,7 +40,8 @@ class Scene:
         bundle: dict[str, Any],
         adapters: Path,
     ) -> None:
-        self.url, self.store, self.launcher, self.bundle, self.adapters = url, store, launcher, bundle, adapters
+        self.url, self.launcher, self.bundle, self.adapters = url, launcher, bundle, adapters
+        self.store: LocalStore = store
         self.accept: Callable[[AcceptanceWork], Outcome] = accept
         self.canary: Callable[[str], object] = lambda model_id: None
         self.time: Callable[[], float] = time.time
@@ -116,35 +115,6 @@ class Scene:
         )
         assert job is not None
         return job
-
-    def look(self, job: Job) -> Job:
-        """The job as it stands now."""
-        return self.catalogue.jobs.find(job.id)
-
-    def events(self, job: Job) -> list[JobEvent]:
-        """Its history, the first first."""
-        return self.catalogue.events.all(job.id)
-
-    def told(self, job: Job) -> list[str]:
-        """The messages of its history."""
-        return [event.message for event in self.events(job)]
-
-    def deliveries(self, job: Job) -> list[str]:
-        """Types of the webhook deliveries about it."""
-        rows = self.catalogue.webhooks.deliveries(job.tenant_id)
-        return [delivery.type for delivery in rows if delivery.object_id == job.id]
-
-    def charged(self, job: Job) -> int:
-        """Tokens of all days that were taken from its tenant."""
-        table = schema.token_counts
-        query = sa.select(sa.func.sum(table.c.tokens)).where(table.c.tenant_id == job.tenant_id)
-        with self.catalogue._database.read() as connection:
-            return int(connection.execute(query).scalar_one() or 0)
-
-    def served(self, job: Job) -> list[PlugInRecord]:
-        """What is in service for its tenant."""
-        name = self.catalogue.tenants.get(job.tenant_id).name
-        return Registry(self.store).served(job.model, name)
 
     def until(self, controller: Controller, condition: Callable[[], object]) -> None:
         """Take rounds until a condition holds."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -21,6 +22,10 @@ def main(prefix: Path, adapter: Path, plan: dict[str, Any]) -> None:
     steps = plan["steps"]
     for step in range(done + 1, steps + 1):
         time.sleep(plan.get("step_s", 0.02))
+        if step == plan.get("killed_at"):
+            os.kill(os.getpid(), plan.get("signal", signal.SIGKILL))
+        if step == plan.get("leaves_at"):
+            os._exit(3)
         figures = {"step": step, "total_steps": steps, "train_loss": 2.0 / step, "lr": 0.001, "tokens": 100 * step}
         tell(prefix, {"type": "metrics", "epoch": step / 2, "train_mean_token_accuracy": 0.5, **figures})
         if step % 2 == 0:

@@ -6,16 +6,20 @@ import dataclasses
 import itertools
 import json
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from ot_ray.artifacts import BundleManifest, Registry
 from ot_ray.errors import AdapterRejectedError, ConfigError, LaunchError, StoreError
 from ot_ray.launch import JobSpec, ProcessLauncher
+from ot_ray.model import SplitPlan
 from ot_ray.store import LocalStore
 from serve.catalogue.records import Job
 from serve.controller.acceptance import AcceptanceWork, Outcome, accept
@@ -167,6 +171,33 @@ def test_attempts_run_out(scene: Scene, controller_of: Run) -> None:
     assert done.error is not None and done.error["code"] == "server_error"
 
 
+@both_databases
+@pytest.mark.parametrize(
+    ("plan", "attempts", "code", "end"),
+    [
+        (
+            {"killed_at": 1},
+            2,
+            "training_failed",
+            "before its first step, each time, 2 times in a row: killed by signal 9.",
+        ),
+        ({"killed_at": 3}, 3, "training_failed", "after step 2, each time, 2 times in a row: killed by signal 9."),
+        ({"leaves_at": 1}, 2, "server_error", "before its first step, each time, 2 times in a row: exit status 3."),
+    ],
+)
+def test_a_process_that_ends_again_and_again_without_a_step_is_the_job_s_own_end(
+    scene: Scene, controller_of: Run, plan: dict[str, Any], attempts: int, code: str, end: str
+) -> None:
+    job = scene.job(scene.tenant("anna"), **plan)
+    (done,) = scene.run(controller_of(attempts=2), job)
+    assert done.status == "failed" and done.error is not None and done.attempt == attempts
+    assert done.error["code"] == code and done.error["message"] == f"Its process ended by itself {end}"
+    # The run that got further than those before was the cluster's to lose; the others took nothing of that.
+    assert sum("The cluster lost the job" in message for message in scene.told(job)) == attempts - 2
+    assert sum("It is begun again" in message for message in scene.told(job)) == 1
+    assert scene.deliveries(job) == ["fine_tuning.job.failed"]
+
+
 def test_a_job_that_the_launcher_forgot_begins_again(scene: Scene, controller_of: Run, tmp_path: Path) -> None:
     controller = controller_of()
     job = scene.job(scene.tenant("anna"), hang_at=2)
@@ -220,6 +251,13 @@ def test_a_run_that_takes_too_long_is_stopped(scene: Scene, controller_of: Run) 
     assert done.status == "failed"
     assert done.error is not None and done.error["code"] == "time_limit_exceeded"
     assert scene.launcher.status(job.id) == "stopped"
+
+
+def test_a_run_that_its_own_alarm_ends_took_too_long(scene: Scene, controller_of: Run) -> None:
+    job = scene.job(scene.tenant("anna"), killed_at=2, signal=int(signal.SIGALRM))
+    (done,) = scene.run(controller_of(), job)
+    assert done.status == "failed" and done.attempt == 1
+    assert done.error is not None and done.error["code"] == "time_limit_exceeded"
 
 
 def test_a_rejected_adapter_fails_the_job_with_the_reasons(scene: Scene, controller_of: Run) -> None:
@@ -606,6 +644,39 @@ def test_a_model_that_another_job_removed_is_entered_again(
     job = scene.job(scene.tenant("anna"))
     (done,) = scene.run(controller_of(), job)
     assert done.status == "succeeded" and len(scene.served(job)) == 3
+
+
+@both_databases
+def test_models_that_went_out_of_service_are_removed_after_their_time(scene: Scene, controller_of: Run) -> None:
+    registry, day = Registry(scene.store), 24 * 3600
+
+    def entered(suffix: str, value: float) -> str:
+        state, plan = {"layers.0.fc1.bias": torch.full((2,), value)}, SplitPlan(bottom=1, keep=2, top=1)
+        return registry.add("tiny", "anna", suffix, state, bundle_id="b-1", plan=plan, report={}).model_id
+
+    def promoted(suffix: str, value: float) -> str:
+        registry.promote(made := entered(suffix, value))
+        return made
+
+    kept = [promoted("a", 1), promoted("a", 2), promoted("b", 1), entered("c", 1)]
+    gone = sorted([promoted("a", 3), promoted("b", 2)])
+    back = promoted("d", 1)
+    for model_id in (gone[0], back):
+        registry.withdraw(model_id)
+    registry.rollback("tiny", "anna", "b")
+    registry.promote(back)
+    controller, begun = controller_of(), time.time()
+    for days, left in ((0, True), (29, True), (29.03, True), (31, False), (32, False)):
+        scene.time = lambda days=days: begun + days * day
+        controller.tick()
+        assert controller.wait(_PATIENCE_S)
+        there = [bool(list(scene.store.list("/".join(["plug_ins", *model_id.split(":")[1:]])))) for model_id in gone]
+        assert there == [left, left], days
+    for model_id in (*kept, back):
+        assert registry.load_state(model_id)
+    assert registry.rollback("tiny", "anna", "a").model_id == kept[1], "the alias goes back as before"
+    lines = [(line.target, line.outcome) for line in scene.catalogue.audit.walk(action="model.remove")]
+    assert lines == [(model_id, outcome) for model_id in gone for outcome in ("begun", "ok")]
 
 
 def _hurry(scene: Scene, seconds: float) -> None:

@@ -9,8 +9,8 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,19 +20,17 @@ from ot_ray.artifacts import BundleManifest
 from ot_ray.launch import ProcessLauncher
 from ot_ray.store import LocalStore
 from serve.catalogue import Catalogue
-from serve.catalogue.records import ENDED, Job
+from serve.catalogue.records import Job
+from serve.failures import DatabaseUnavailableError
 from tests.fixtures.postgres import PostgresServer
 from tests.service.controller_scene import Scene
+from tests.service.job_records import RESUMED, ended_once
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 _LIVES = Path(__file__).with_name("controller_lives.py")
 _ROOT = Path(__file__).parents[2]
 _PATIENCE_S = 600.0
-_ENDS = {
-    "The job has successfully completed": "succeeded",
-    "The fine-tuning job was cancelled": "cancelled",
-}
 _PLANS = (
     ({}, "succeeded"),
     ({"crash_at": 2}, "succeeded"),
@@ -109,7 +107,7 @@ def test_killed_controllers_end_every_job_once(scene: Scene, tmp_path: Path) -> 
     _until(lives, lambda: "Checkpoint created at step 2" in scene.told(paused))
     scene.catalogue.jobs.want(paused.tenant_id, paused.id, "pause", expected=("running",))
     _until(lives, lambda: scene.look(paused).status == "paused")
-    scene.catalogue.jobs.move(paused.id, {"paused"}, "queued", event="resumed", wanted="run")
+    scene.catalogue.jobs.move(paused.id, {"paused"}, "queued", event=RESUMED, wanted="run")
     for life in lives:
         life.wait()
     for job, (_, status) in zip(jobs, _PLANS, strict=True):
@@ -162,6 +160,20 @@ def test_a_killed_database_loses_nothing(
     scene.close()
 
 
+def test_a_replica_that_starts_waits_for_a_database_that_is_away(own_postgres: PostgresServer) -> None:
+    url = own_postgres.url(own_postgres.database())
+    own_postgres.kill()
+    catalogue = Catalogue.open(url)
+    with pytest.raises(DatabaseUnavailableError):
+        catalogue.migrate()
+    waits = threading.Thread(target=catalogue.migrate, args=(_PATIENCE_S,))
+    waits.start()
+    own_postgres.start()
+    waits.join(_PATIENCE_S)
+    assert not waits.is_alive() and catalogue.tenants.list() == []
+    catalogue.close()
+
+
 def _until(lives: list[Lives], condition: object) -> None:
     deadline = time.monotonic() + _PATIENCE_S
     while not condition():  # type: ignore[operator]
@@ -171,39 +183,8 @@ def _until(lives: list[Lives], condition: object) -> None:
 
 
 def _ended_once(scene: Scene, job: Job, status: str) -> None:
-    now, events = scene.look(job), scene.events(job)
-    told = [event.message for event in events]
-    assert now.status == status, told
-    assert now.status in ENDED and now.finished_at is not None and now.cleaned_at is not None
-    # The history has no gap, ends with its one end, and says each thing once.
-    assert [event.seq for event in events] == list(range(1, len(events) + 1))
-    ends = [message for message in told if message in _ENDS or message.startswith("The job failed: ")]
-    assert ends == told[-1:] and _ENDS.get(ends[0], "failed") == status
-    sources = Counter(event.source_key for event in events if event.source_key is not None)
-    assert not sources or max(sources.values()) == 1
-    steps = [event.data["step"] for event in events if event.type == "metrics" and event.data]
-    assert steps == list(range(1, len(steps) + 1))
-    assert told.count("Fine-tuning job started") == 1
-    assert told.count("Files validated, moving job to queued state") == 1
-    assert told.count("resumed") == told.count("Fine-tuning job resumed")
-    assert sum(message.startswith("Validated") for message in told) <= 1
-    # The webhook is due once, the store keeps nothing of the job, and no process of it runs.
-    assert scene.deliveries(job) == [f"fine_tuning.job.{status}"]
-    assert list(scene.store.list(f"jobs/{job.id}")) == []
-    for attempt in range(1, now.attempt + 1):
+    ended_once(scene, job, status, models=3)
+    # No process of it runs.
+    for attempt in range(1, scene.look(job).attempt + 1):
         name = job.id if attempt == 1 else f"{job.id}-{attempt}"
         assert scene.launcher.status(name) in ("succeeded", "failed", "stopped")
-    _served_once(scene, now)
-
-
-def _served_once(scene: Scene, job: Job) -> None:
-    mine = [record.model_id for record in scene.served(job) if f":job-{job.id[6:14]}" in record.model_id]
-    files = scene.catalogue.files.list(job.tenant_id, purpose="fine-tune-results", limit=100).items
-    results = [file.id for file in files if job.id in file.filename]
-    if job.status != "succeeded":
-        assert mine == [] and results == [] and job.fine_tuned_model is None
-        return
-    assert len(mine) == 3 and job.fine_tuned_model in mine
-    assert results == job.result_files and len(results) == 1
-    others = scene.catalogue.jobs.list(job.tenant_id, limit=100).items
-    assert scene.charged(job) == sum(other.tokens or 0 for other in others)
