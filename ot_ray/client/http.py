@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import SplitResult, quote, urlsplit
 
 from ot_ray.errors import ConfigError, OTRayError, ServiceError
 
@@ -53,8 +53,8 @@ class Http:
     """
 
     def __init__(self, url: str, key: str, timeout_s: float = 60.0, patience_s: float = 300.0) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+        parts = _service(url)
+        if parts is None:
             raise ConfigError(f"{url!r} is no service; use https://host, with a port or a path where it needs them")
         if not key or not key.isascii() or not key.isprintable() or " " in key:
             # Never shown: messages end up in logs.
@@ -152,6 +152,17 @@ class Http:
             connection.close()
 
 
+def _service(url: str) -> SplitResult | None:
+    """The parts of a service's URL; None if it is none."""
+    try:
+        parts = urlsplit(url)
+        plain = parts.port != 0 and parts.path.isascii() and url.isprintable() and " " not in url
+    except ValueError:
+        return None
+    extra = parts.username is not None or parts.query or parts.fragment
+    return parts if plain and parts.scheme in ("http", "https") and parts.hostname and not extra else None
+
+
 def quoted(name: str) -> str:
     """A name as one segment of a path."""
     return quote(name, safe="")
@@ -159,6 +170,9 @@ def quoted(name: str) -> str:
 
 def _whole(response: http.client.HTTPResponse) -> Answer:
     body = response.read(_MOST_ANSWER_BYTES)
+    if response.length and len(body) < _MOST_ANSWER_BYTES:
+        # Reading up to a number of bytes tells nothing of a connection that broke before the stated length.
+        raise http.client.IncompleteRead(body, response.length)
     return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, body)
 
 

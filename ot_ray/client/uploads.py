@@ -131,4 +131,7 @@ def _put(http: Http, place: str, data: bytes, offset: int, size: int) -> Answer:
 def _offset(http: Http, place: str) -> int:
     answer = http.answer("HEAD", place)
     http.require(answer, "HEAD", place)
-    return int(answer.headers["upload-offset"])
+    told = answer.headers.get("upload-offset", "")
+    if not told.isdecimal():
+        raise ServiceError(f"{http.url} does not say how much of a file it has; check the URL, or update ot_ray")
+    return int(told)

@@ -14,7 +14,7 @@ from transformers import DynamicCache, DynamicLayer
 
 from ot_ray.model import depth_of
 from ot_ray.model.multi_adapter import MultiAdapter
-from serve.engine.job import Row
+from serve.engine.job import Row, lost
 from serve.engine.kv_rows import RowCache
 from serve.engine.sampling import pick
 from serve.engine.scoring import TokenScore, score_prompt, scores_of
@@ -49,53 +49,51 @@ class Batch:
 
     @torch.inference_mode()
     def join(self, rows: Sequence[Row]) -> None:
-        """Read the prompts of new rows, and make their first tokens; those that cannot be read fail alone."""
+        """Read what rows have so far, and make the next token of each; those for which that fails, fail alone."""
         rows = [row for row in rows if self._echoed(row) and not self._needs_nothing(row)]
         for together in _of_like_length(rows):
-            try:
-                read = self._read(together)
-            except Exception:
-                if len(together) == 1:
-                    self._refuse(together[0])
-                    continue
-                # One of them is at fault, and the others need not know.
-                _log.exception("prompts cannot be read together; each is read alone")
-                self._join_singly(together)
-            else:
-                self._add(together, *read)
+            if not self._joins(together):
+                # One of them is at fault, or all are too many at once, and the others need not know.
+                for row in together:
+                    if len(together) == 1 or not self._joins([row]):
+                        self._refuse(row)
 
-    def _join_singly(self, rows: Sequence[Row]) -> None:
-        for row in rows:
-            try:
-                read = self._read([row])
-            except Exception:
-                self._refuse(row)
-            else:
-                self._add([row], *read)
+    def _joins(self, rows: Sequence[Row]) -> bool:
+        try:
+            self._add(rows)
+        except Exception:
+            _log.exception("%d rows cannot join the batch", len(rows))
+            return False
+        return True
 
     def _refuse(self, row: Row) -> None:
-        _log.exception("a prompt cannot be read; its request ends")
         row.ticket.fail(ApiError("The model failed to read this request; try again.", 500))
 
+    def _add(self, rows: Sequence[Row]) -> None:
+        """Have rows join; where that fails, they and the batch are as they were."""
+        firsts, numbers, logits, read = self._read(rows)
+        before = len(self.rows)
+        self._cache.join(read, [len(row.read) for row in firsts], numbers)
+        self.rows += rows
+        try:
+            chosen = self._choose(rows, logits[torch.tensor(numbers, device=self._device)])
+        except BaseException:
+            for place in range(len(self.rows) - 1, before - 1, -1):
+                self._leave(place)
+            raise
+        self._take(rows, *chosen)
+
     def _read(self, rows: Sequence[Row]) -> tuple[list[Row], list[int], torch.Tensor, DynamicCache]:
-        """Read prompts, each once; the batch is left as it is.
+        """Read what rows have so far, the same prompt once; the batch is left as it is.
 
         Returns:
-            Rows with those prompts, which of them each of `rows` goes on from, logits [B, V], and the cache.
+            Rows that were read, which of them each of `rows` goes on from, logits [B, V], and the cache.
         """
-        keys = [(row.adapter, id(row.prompt)) for row in rows]
+        keys = [(row.adapter, id(row.read)) for row in rows]
         firsts = dict(zip(keys, rows, strict=True))
         place = {key: number for number, key in enumerate(firsts)}
         numbers = [place[key] for key in keys]
         return list(firsts.values()), numbers, *self._prefill(list(firsts.values()))
-
-    def _add(
-        self, rows: Sequence[Row], firsts: list[Row], numbers: list[int], logits: torch.Tensor, read: DynamicCache
-    ) -> None:
-        self._cache.join(read, [len(row.prompt) for row in firsts], numbers)
-        before = len(self.rows)
-        self.rows += rows
-        self._take(before, logits[torch.tensor(numbers, device=self._device)])
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -105,15 +103,19 @@ class Batch:
         ids = torch.tensor([[row.token] for row in self.rows], device=self._device)
         logits = self._run(self.rows, ids, mask, positions, self._cache.cache)
         self.steps += 1
-        self._take(0, logits)
+        self._take(self.rows, *self._choose(self.rows, logits))
 
+    @torch.inference_mode()
     def drop(self, gone: Callable[[Row], bool]) -> None:
         """Take rows out."""
         for place in range(len(self.rows) - 1, -1, -1):
             if gone(self.rows[place]):
-                self._cache.leave(place)
-                self.rows[place] = self.rows[-1]
-                self.rows.pop()
+                self._leave(place)
+
+    def _leave(self, place: int) -> None:
+        self._cache.leave(place)
+        self.rows[place] = self.rows[-1]
+        self.rows.pop()
 
     def clear(self) -> None:
         """Take all rows out, in whatever state a failed step has left them."""
@@ -127,9 +129,9 @@ class Batch:
         return self._many([adapter] * len(ids), **inputs).logits
 
     def _prefill(self, rows: Sequence[Row]) -> tuple[torch.Tensor, DynamicCache]:
-        longest = max(len(row.prompt) for row in rows)
-        begins = torch.tensor([[longest - len(row.prompt)] for row in rows])
-        ids = torch.tensor([[0] * (longest - len(row.prompt)) + row.prompt for row in rows])
+        longest = max(len(row.read) for row in rows)
+        begins = torch.tensor([[longest - len(row.read)] for row in rows])
+        ids = torch.tensor([[0] * (longest - len(row.read)) + row.read for row in rows])
         columns = torch.arange(longest)[None]
         mask = (columns >= begins).long().to(self._device) if begins.any() else None
         positions = (columns - begins).clamp(min=0).to(self._device)
@@ -151,19 +153,30 @@ class Batch:
         )
         return output.logits[:, -1].float()
 
-    def _take(self, first: int, logits: torch.Tensor) -> None:
-        """Choose a token for each row from number `first` on, and take out those that end."""
-        rows = self.rows[first:]
+    def _choose(self, rows: Sequence[Row], logits: torch.Tensor) -> tuple[list[int], list[int], dict[int, TokenScore]]:
+        """The next token of every row, whether its logits are finite, and the scores that were asked for."""
         tokens = pick([row.sampler for row in rows], logits)
-        sound = logits.isfinite().all(-1)
+        # A sum is finite where everything in it is, and one pass finds it.
+        sound = logits.sum(-1).isfinite()
         chosen, finite = torch.stack([tokens, sound.long()]).tolist()
         scores = self._scores(rows, tokens, logits)
+        for row, token in zip(rows, chosen, strict=True):
+            row.sampler.move_on(token)
+        return chosen, finite, scores
+
+    def _take(self, rows: Sequence[Row], chosen: list[int], finite: list[int], scores: dict[int, TokenScore]) -> None:
+        """Give rows their tokens, and take out those that end."""
         over: set[int] = set()
         for place, row in enumerate(rows):
             if not finite[place]:
                 row.ticket.fail(_not_finite(row))
-            elif row.take(chosen[place], scores.get(place), self._ends):
-                over.add(id(row))
+                continue
+            try:
+                if row.take(chosen[place], scores.get(place), self._ends):
+                    over.add(id(row))
+            except Exception as error:
+                _log.exception("a token cannot be told; its request ends")
+                row.ticket.fail(lost(error))
         self.tokens += len(rows)
         self.drop(lambda row: id(row) in over or row.ticket.over)
 
@@ -180,10 +193,11 @@ class Batch:
 
     def _echoed(self, row: Row) -> bool:
         """Tell a row's prompt if that was asked for; False if the request failed of it."""
-        if row.ticket.job.echo:
+        if row.ticket.job.echo and not row.made:
             try:
                 self._echo(row)
             except Exception:
+                _log.exception("a prompt cannot be echoed")
                 self._refuse(row)
         return not row.ticket.over
 
@@ -221,8 +235,8 @@ class Batch:
 def _of_like_length(rows: Sequence[Row]) -> Iterator[list[Row]]:
     """Rows that are read together: padded to the longest of them, they are no more than may be read at once."""
     together: list[Row] = []
-    for row in sorted(rows, key=lambda row: len(row.prompt)):
-        if together and (len(together) + 1) * len(row.prompt) > PREFILL:
+    for row in sorted(rows, key=lambda row: len(row.read)):
+        if together and (len(together) + 1) * len(row.read) > PREFILL:
             yield together
             together = []
         together.append(row)

@@ -14,6 +14,7 @@ from serve.wire.completions import CompletionRequest
 
 # For architectures without learnt positions whose config states no length.
 _UNSTATED_CONTEXT = 2048
+_UNSUPPORTED = "unsupported_parameter"
 
 
 def context_length(model: PreTrainedModel) -> int:
@@ -42,12 +43,16 @@ def check_supported(request: CompletionRequest) -> None:
         ApiError: names the field.
     """
     if request.suffix:
-        raise ApiError("suffix is not supported: this model only continues text; leave it out", param="suffix")
+        raise ApiError(
+            "suffix is not supported: this model only continues text; leave it out", 400, _UNSUPPORTED, "suffix"
+        )
     if request.best_of not in (None, request.n):
         raise ApiError(
             f"best_of is {request.best_of}, but this service returns every choice it makes; leave it out, or "
             f"set it to n ({request.n})",
-            param="best_of",
+            400,
+            _UNSUPPORTED,
+            "best_of",
         )
     _check_stream(request)
 
@@ -60,9 +65,26 @@ def check_chat(request: ChatRequest) -> None:
     """
     if request.top_logprobs is not None and not request.logprobs:
         raise ApiError("top_logprobs needs logprobs: true; set it, or leave top_logprobs out", param="top_logprobs")
+    limits = {request.max_tokens, request.max_completion_tokens} - {None}
+    if len(limits) > 1:
+        raise ApiError(
+            f"max_tokens is {request.max_tokens}, and max_completion_tokens, its new name, is "
+            f"{request.max_completion_tokens}; send one of them",
+            param="max_tokens",
+        )
     _check_stream(request)
 
 
 def _check_stream(request: CompletionRequest | ChatRequest) -> None:
-    if request.stream_options is not None and not request.stream:
+    if request.stream_options is None:
+        return
+    if not request.stream:
         raise ApiError("stream_options needs stream: true; set it, or leave them out", param="stream_options")
+    if request.stream_options.include_obfuscation:
+        raise ApiError(
+            "stream_options.include_obfuscation is not supported: events are as long as what they say; leave it out, "
+            "or set it to false",
+            400,
+            _UNSUPPORTED,
+            "stream_options",
+        )

@@ -4,6 +4,7 @@ Which tokens come is left to batching.py, and how an answer is laid out to layou
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -57,7 +58,7 @@ class GrowingChoice:
         self._filter = StopFilter(stops)
         self._decoded = self._passed = 0
         """Characters that came from tokens, and those of them that were passed on."""
-        self._scores: list[tuple[TokenScore, int, int]] = []
+        self._scores: deque[tuple[TokenScore, int, int]] = deque()
         """Scores to be told, with where their token's text starts and ends."""
 
     @property
@@ -90,14 +91,12 @@ class GrowingChoice:
 
     def _pass_on(self, text: str) -> Piece:
         self._passed += len(text)
-        if not self._scores:
-            return Piece(self._index, text)
-        placed, waiting = [], []
-        for item, start, end in self._scores:
+        placed = []
+        while self._scores:
+            item, start, end = self._scores[0]
             # A token that reaches into a stop string is told if some of its text stands before it.
-            if end <= self._passed or (self.stopped and start < self._passed):
-                placed.append((item, start))
-            else:
-                waiting.append((item, start, end))
-        self._scores = waiting
+            if end > self._passed and not (self.stopped and start < self._passed):
+                break
+            placed.append((item, start))
+            self._scores.popleft()
         return Piece(self._index, text, tuple(placed))

@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ot_ray.data import render
 from ot_ray.errors import DataError, NotFoundError
+from serve.engine.admission import BatchLimits
 from serve.engine.batch import Batch
-from serve.engine.batching import Batcher, BatchLimits, EngineStats
+from serve.engine.batching import Batcher, EngineStats
 from serve.engine.canary import CanaryReport, compare
 from serve.engine.checks import check_chat, check_supported, context_length, end_tokens, seed_of
 from serve.engine.choice import GrowingChoice
@@ -29,6 +30,9 @@ from serve.failures import ApiError, BusyError, model_not_found
 from serve.wire.chat import ChatRequest
 from serve.wire.completions import CompletionRequest
 from serve.wire.models import ModelCard
+
+# Below it the likeliest token is as good as certain, and logits over it would soon be more than a float holds.
+_COLDEST = 1e-5
 
 
 class GenerationEngine:
@@ -268,7 +272,8 @@ class GenerationEngine:
                 f"logit_bias names the token id {wrong[0]}; this model's are 0..{self._vocabulary - 1}",
                 param="logit_bias",
             )
-        return Sampling(request.temperature, request.top_p, request.presence_penalty, request.frequency_penalty, bias)
+        temperature = request.temperature if request.temperature >= _COLDEST else 0.0
+        return Sampling(temperature, request.top_p, request.presence_penalty, request.frequency_penalty, bias)
 
 
 def _card(plug_in: PlugIn) -> ModelCard:

@@ -12,6 +12,7 @@ from serve.engine.plug_ins import PlugIn
 from serve.engine.residency import Resident
 from serve.engine.sampling import Sampler, Sampling
 from serve.engine.scoring import TokenScore
+from serve.failures import ApiError
 from serve.wire.base import Usage
 
 
@@ -41,11 +42,6 @@ class Job:
     def choices(self) -> int:
         """How many there are in all."""
         return len(self.prompts) * self.n
-
-    @property
-    def tokens(self) -> int:
-        """Of the longest prompt with its answer."""
-        return max(map(len, self.prompts)) + self.max_tokens
 
 
 BEGUN = object()
@@ -116,18 +112,47 @@ class Ticket:
 
 
 class Row:
-    """One choice while it has a row in the batch."""
+    """One choice from its turn to its end, most of the time with a row in the batch.
 
-    def __init__(self, ticket: Ticket, index: int, growing: GrowingChoice) -> None:
+    Args:
+        number: grows from one that begins to the next.
+    """
+
+    def __init__(self, ticket: Ticket, index: int, growing: GrowingChoice, number: int = 0) -> None:
         job, place = ticket.job, index // ticket.job.n
-        self.ticket, self.index = ticket, index
+        self.ticket, self.index, self.number = ticket, index, number
         self.prompt, self.text = job.prompts[place], job.texts[place]
+        self.read = self.prompt
+        """The tokens that are read when it joins the batch."""
         self.sampler = Sampler(job.sampling, (job.seed + index) % 2**63)
         self.growing = growing
-        self.token, self.made = 0, 0
-        """The last token, and how many there are."""
+        self._tokens: list[int] = []
         self._kept: list[Piece] = []
         self._kept_tokens = 0
+
+    @property
+    def token(self) -> int:
+        """The last one that was made."""
+        return self._tokens[-1]
+
+    @property
+    def made(self) -> int:
+        """How many tokens were made."""
+        return len(self._tokens)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and the answer as far as it is."""
+        return len(self.prompt) + len(self._tokens)
+
+    @property
+    def left(self) -> int:
+        """How many tokens may still be made."""
+        return self.ticket.job.max_tokens - len(self._tokens)
+
+    def reread(self) -> None:
+        """Leave the batch for a while: what was made is read with the prompt when it joins again."""
+        self.read = [*self.prompt, *self._tokens]
 
     @property
     def adapter(self) -> int:
@@ -136,7 +161,7 @@ class Row:
 
     def take(self, token: int, score: TokenScore | None, ends: frozenset[int]) -> bool:
         """Take the next token; whether the choice ends with it."""
-        self.token, self.made = token, self.made + 1
+        self._tokens.append(token)
         if token in ends:
             self.pass_on(self.growing.finish("stop"), 1)
             return True
@@ -156,3 +181,10 @@ class Row:
         if piece.reason is not None:
             self.ticket.tell(joined(self._kept), self._kept_tokens)
             self._kept = []
+
+
+def lost(error: BaseException) -> ApiError:
+    """What a request hears that ended with a failure of the engine, an object of its own."""
+    told = ApiError("The model failed while it answered; try again.", 500)
+    told.__cause__ = error
+    return told

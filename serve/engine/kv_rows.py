@@ -39,6 +39,23 @@ class _Layer(DynamicLayer):
         self.used, self.is_initialized = used, True
         self.keys, self.values = (buffer[:, :, :used] for buffer in self.room)
 
+    def append(self, other: DynamicLayer, rows: torch.Tensor, begins: Sequence[int], wide: int) -> None:
+        """Add rows of another layer, int64 [N], which begin in these columns of the `wide` ones that all end in."""
+        assert other.keys is not None
+        assert other.values is not None
+        shift, before = wide - self.used, 0 if self.room is None else self.room[0].shape[0]
+        room = tuple(
+            _joined(None if self.room is None else self.room[i], self.used, shift, new[rows])
+            for i, new in enumerate((other.keys, other.values))
+        )
+        for buffer in room:
+            for row, begin in enumerate(begins, before):
+                # Whatever stands in padding is weighted by 0, and 0 times what is not finite is not 0.
+                if begin:
+                    buffer[row, :, :begin] = 0
+        self.room = room  # type: ignore[assignment]
+        self.show(wide)
+
     def get_seq_length(self) -> int:
         return self.used
 
@@ -82,7 +99,7 @@ class RowCache:
         return (columns >= self._begins_B[:, None]).long(), positions
 
     def join(self, prefilled: DynamicCache, lengths: Sequence[int], rows: Sequence[int]) -> None:
-        """Add rows at the end.
+        """Add rows at the end; where that fails, as for lack of memory, the cache is left as it was.
 
         Args:
             prefilled: a cache of plain layers, in which every row ends in the last column.
@@ -92,27 +109,30 @@ class RowCache:
         if not self._begins:
             # The columns of those who left before would be padding.
             self.clear()
-        width = prefilled.get_seq_length()
-        wide = max(width, self.columns)
+        wide = max(prefilled.get_seq_length(), self.columns)
         shift = wide - self.columns
-        chosen = torch.tensor(rows, device=self._device)
-        for mine, theirs in zip(self._layers, prefilled.layers, strict=True):
-            assert isinstance(theirs, DynamicLayer)
-            assert theirs.keys is not None
-            assert theirs.values is not None
-            news = (theirs.keys[chosen], theirs.values[chosen])
-            mine.room = tuple(  # type: ignore[assignment]
-                _joined(mine.room[i] if mine.room else None, mine.used, shift, new) for i, new in enumerate(news)
-            )
-            mine.show(wide)
-        self._set([begin + shift for begin in self._begins] + [wide - lengths[row] for row in rows])
-        first = len(self) - len(rows)
+        begins = [wide - lengths[row] for row in rows]
+        try:
+            chosen = torch.tensor(rows, device=self._device)
+            for mine, theirs in zip(self._layers, prefilled.layers, strict=True):
+                assert isinstance(theirs, DynamicLayer)
+                mine.append(theirs, chosen, begins, wide)
+            self._set([begin + shift for begin in self._begins] + begins)
+        except BaseException:
+            self._undo(shift)
+            raise
+
+    def _undo(self, shift: int) -> None:
+        """Have every layer hold the rows of before again, some of which stand `shift` columns further right."""
+        if not self._begins:
+            self.clear()
+            return
         for layer in self._layers:
-            for buffer in layer.room or ():
-                for row, begin in enumerate(self._begins[first:], first):
-                    # Whatever stands in padding is weighted by 0, and 0 times what is not finite is not 0.
-                    if begin:
-                        buffer[row, :, :begin] = 0
+            assert layer.room is not None
+            if layer.room[0].shape[0] > len(self):
+                # Views, since there may be no memory for copies.
+                layer.room = tuple(buffer[: len(self), :, shift:] for buffer in layer.room)  # type: ignore[assignment]
+                layer.show(layer.used - shift)
 
     def leave(self, row: int) -> None:
         """Take a row out; the last one gets its number."""
@@ -146,8 +166,8 @@ class RowCache:
             self._set([begin - spare for begin in self._begins])
 
     def _set(self, begins: list[int]) -> None:
-        self._begins = begins
-        self._begins_B = torch.tensor(begins, dtype=torch.long, device=self._device)
+        begins_B = torch.tensor(begins, dtype=torch.long, device=self._device)
+        self._begins, self._begins_B = begins, begins_B
 
 
 def _widened(old: torch.Tensor, columns: int) -> torch.Tensor:

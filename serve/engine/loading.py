@@ -8,8 +8,8 @@ from ot_ray.artifacts import Registry, load_full, open_model_source
 from ot_ray.errors import UnsupportedModelError
 from ot_ray.model import FAMILIES
 from ot_ray.store import open_store
+from serve.engine.admission import BatchLimits
 from serve.engine.backend import LocalBackend
-from serve.engine.batching import BatchLimits
 from serve.engine.generation import GenerationEngine
 from serve.engine.plug_ins import NoPlugIns, PlugIns, RegistryPlugIns
 from serve.engine.residency import PlugInCache

@@ -46,6 +46,7 @@ class Sampler:
     def __init__(self, sampling: Sampling, seed: int) -> None:
         self.sampling = sampling
         self._random = random.Random(seed)
+        self._drawn: float | None = None
         self.counts: torch.Tensor | None = None
         """How often each token was chosen, float32 [V], where penalties need it."""
 
@@ -55,19 +56,29 @@ class Sampler:
         return bool(self.sampling.presence_penalty or self.sampling.frequency_penalty)
 
     def draw(self) -> float:
-        """One number of [0, 1), the next of this row's; a greedy row has none."""
-        return self._random.random() if self.sampling.temperature else 0.0
+        """One number of [0, 1), the same until `move_on`, so that a choice that failed can be made again."""
+        if self._drawn is None:
+            self._drawn = self._random.random()
+        return self._drawn
+
+    def move_on(self, token: int) -> None:
+        """Go on to the next token, since this one was chosen."""
+        if self.counts is not None:
+            self.counts[token] += 1
+        self._drawn = None
 
     def pick(self, logits_V: torch.Tensor) -> int:
-        """Choose a token from float32 logits of shape (vocabulary,) as `pick` chooses it in a batch."""
-        return int(pick([self], logits_V[None])[0])
+        """Choose a token from float32 logits of shape (vocabulary,) as `pick` chooses it in a batch, and move on."""
+        token = int(pick([self], logits_V[None])[0])
+        self.move_on(token)
+        return token
 
 
 def pick(samplers: Sequence[Sampler], logits_BV: torch.Tensor) -> torch.Tensor:
     """Choose a token for every row.
 
     Args:
-        samplers: one a row; they are moved on by one token.
+        samplers: one a row; the caller moves each on by its token.
         logits_BV: float32; they are left as they were.
 
     Returns:
@@ -86,9 +97,6 @@ def pick(samplers: Sequence[Sampler], logits_BV: torch.Tensor) -> torch.Tensor:
             every = len(rows) == len(samplers)
             drawn = _drawn(chosen, scores if every else scores[rows], nucleus)
             tokens = drawn if every else tokens.index_put((torch.tensor(rows, device=tokens.device),), drawn)
-    for row, sampler in enumerate(samplers):
-        if sampler.counts is not None:
-            sampler.counts[tokens[row]] += 1
     return tokens
 
 

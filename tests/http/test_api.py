@@ -19,8 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ot_ray.errors import StoreUnavailableError
 from serve.api import create_api
+from serve.engine.admission import BatchLimits
 from serve.engine.backend import LocalBackend
-from serve.engine.batching import BatchLimits
 from serve.engine.generation import GenerationEngine
 from serve.engine.layout import Chunk
 from serve.engine.residency import PlugInCache

@@ -16,7 +16,9 @@ import openai
 import pytest
 import ray
 import torch
+import yaml
 from ray import serve as ray_serve
+from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 from tiny_service import PLAIN_TEXT, PLAN, tokens_of, tuned_by, tuned_state
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -189,6 +191,17 @@ def test_taken_port_or_ray_is_refused_and_the_service_goes_on(
 def test_wrong_args_name_the_field() -> None:
     with pytest.raises(ConfigError, match=r"max_plugins; did you mean max_plug_ins\?"):
         build_app({"model": {"name": "tiny", "source": "x"}, "max_plugins": 3})
+
+
+def test_cluster_file_is_what_serve_takes() -> None:
+    written = yaml.safe_load((Path(__file__).parents[2] / "serve/configs/cluster.yaml").read_text())
+    # Serve itself lets misspelt fields pass.
+    assert written.keys() <= ServeDeploySchema.model_fields.keys()
+    read = ServeDeploySchema.model_validate(written)
+    (application,) = read.applications
+    assert written["applications"][0].keys() <= ServeApplicationSchema.model_fields.keys()
+    assert (application.name, application.import_path) == (APPLICATION, "serve.app:build_app")
+    assert build_app(application.args)
 
 
 def test_command_serves_until_interrupted(local_ray: ClusterAddress, config: ServeConfig, tmp_path: Path) -> None:

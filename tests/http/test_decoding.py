@@ -142,6 +142,9 @@ def test_a_row_draws_the_same_tokens_beside_any_others(seed: int) -> None:
     for step in range(20):
         moved = logits.roll(step, 1)
         drawn = pick(together, moved).tolist()
+        assert pick(together, moved).tolist() == drawn
+        for sampler, token in zip(together, drawn, strict=True):
+            sampler.move_on(token)
         assert drawn == [sampler.pick(row) for sampler, row in zip(alone, moved, strict=True)]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -12,15 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from by_hand import by_hand, hand_in, passes, wait_until
 from pydantic import ValidationError
 from tiny_service import CONTEXT, END, PLAIN_TEXT, PLAN, Shelf, tokens_of
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ot_ray.model import plug_in
 from serve.config import ServeConfig
-from serve.engine.batching import Batcher, BatchLimits, most_cells
+from serve.engine.admission import BatchLimits, most_cells
 from serve.engine.generation import GenerationEngine
-from serve.engine.job import BEGUN, Ticket
+from serve.engine.job import Ticket
 from serve.engine.residency import PlugInCache
 from serve.engine.sampling import Sampler
 from serve.failures import ApiError
@@ -125,6 +125,12 @@ def test_seed_reproduces_beside_other_requests(engine: GenerationEngine) -> None
     assert text_of(engine, max_tokens=30) != text_of(engine, max_tokens=30)
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-6, 1e-5])
+def test_a_temperature_near_0_takes_the_likeliest(engine: GenerationEngine, temperature: float) -> None:
+    coldest = text_of(engine, max_tokens=20, temperature=0)
+    assert text_of(engine, max_tokens=20, temperature=temperature, seed=1) == coldest
+
+
 def test_many_prompts_and_choices(engine: GenerationEngine) -> None:
     choices, usage = ask(engine, prompt=["one", "three"], n=2, max_tokens=6, seed=1, logit_bias=PLAIN_TEXT)
     assert [choice.index for choice in choices] == [0, 1, 2, 3]
@@ -186,13 +192,6 @@ def test_closing_ends_the_work_within_one_token(engine: GenerationEngine) -> Non
         hook.remove()
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 @pytest.mark.parametrize(
     ("fields", "param", "words"),
     [
@@ -232,34 +231,10 @@ def test_empty_prompt_begins_a_document(engine: GenerationEngine) -> None:
     assert ask(engine, prompt="")[1].prompt_tokens == 1
 
 
-def by_hand(engine: GenerationEngine) -> Batcher:
-    """The engine's batch without a thread of its own: the test makes each pass."""
-    batcher = engine._batcher
-    batcher._thread = threading.current_thread()
-    return batcher
-
-
-def hand_in(engine: GenerationEngine, asker: str, heard: list[Any], **fields: Any) -> Ticket:
-    plain = {"model": "tiny", "prompt": "Hello", "temperature": 0, "logit_bias": PLAIN_TEXT}
-    return engine.submit(
-        engine.prepare(CompletionRequest.model_validate({**plain, **fields})),
-        lambda told: None if told is BEGUN else heard.append(told),
-        asker,
-    )
-
-
-def passes(batcher: Batcher, done: Callable[[], bool]) -> None:
-    def once() -> bool:
-        batcher._pass()
-        return done()
-
-    wait_until(once)
-
-
 def test_one_that_does_not_fit_and_lacks_room_for_its_adapter_freezes_nobody(
     base: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serve.engine.batching._PATIENCE_S", 0.0)
+    monkeypatch.setattr("serve.engine.admission._PATIENCE_S", 0.0)
     cache = PlugInCache("tiny", base, shelf, max_plug_ins=1)
     engine = GenerationEngine(tokenizer, cache, limits=BatchLimits(rows=8, tokens=125))
     batcher, heard = by_hand(engine), []
@@ -277,20 +252,21 @@ def test_a_cancel_in_the_midst_of_a_sweep_takes_rows_and_adapter_together(engine
     batcher, heard = by_hand(engine), []
     anna = hand_in(engine, "anna", heard, model="ft:tiny:anna", max_tokens=50)
     passes(batcher, lambda: len(engine._batch) == 1)
-    remove = batcher._turns.remove
+    turns = batcher._admission._turns
+    remove = turns.remove
 
     def cancelled_meanwhile(wanted: Callable[[Ticket], bool]) -> list[Ticket]:
         anna.over = True
         return remove(wanted)
 
-    batcher._turns.remove = cancelled_meanwhile  # type: ignore[method-assign]
+    turns.remove = cancelled_meanwhile  # type: ignore[method-assign]
     stopped = hand_in(engine, "owner", heard, max_tokens=50)
     stopped.cancel()
     batcher._sweep()
     assert anna.over
-    assert (anna in batcher._held) == (anna in [row.ticket for row in engine._batch.rows])
+    assert (anna in batcher._admission._held) == (anna in [row.ticket for row in engine._batch.rows])
     batcher._sweep()
-    assert not batcher._held
+    assert not batcher._admission._held
     assert not len(engine._batch)
 
 

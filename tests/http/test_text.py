@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from typing import Any
+
 import pytest
 from tiny_service import tokens_of
 from transformers import PreTrainedTokenizerFast
@@ -65,3 +68,59 @@ def test_tokens_without_text_are_not_held_forever(tokenizer: PreTrainedTokenizer
     reader = Detokenizer(tokenizer, tokens_of("x"))
     assert "".join(reader.push(token) for token in [1] * 200 + tokens_of("é") + [1] * 200) == "é"
     assert len(reader._ids) < 160
+
+
+def first_stop(stops: list[str], text: str) -> str:
+    """By definition: the text before the stop string that is whole first, the longest of those that are."""
+    for end in range(len(text) + 1):
+        ending = [stop for stop in stops if text[:end].endswith(stop)]
+        if ending:
+            return text[: end - max(map(len, ending))]
+    return text
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_stop_strings_that_repeat_themselves_and_overlap(seed: int) -> None:
+    chance = random.Random(seed)
+    stops = ["".join(chance.choices("ab", k=chance.randint(1, 7))) for _ in range(chance.randint(1, 4))]
+    text = "".join(chance.choices("ab", weights=(3, 1), k=60))
+    filtered, out, rest = StopFilter(stops), "", text
+    while rest and not filtered.stopped:
+        size = chance.randint(1, 9)
+        out, rest = out + filtered.push(rest[:size]), rest[size:]
+    assert out + filtered.flush() == first_stop(stops, text)
+
+
+class Counted(str):
+    """A stop string that counts how often one of its letters is looked at."""
+
+    looked = 0
+
+    def __getitem__(self, place: Any) -> str:
+        self.looked += 1
+        return super().__getitem__(place)
+
+
+@pytest.mark.parametrize("stop", ["a" * 400 + "b", "ab" * 200 + "c", "a" * 100_000])
+def test_a_stop_string_costs_a_bounded_number_of_looks_a_letter(stop: str) -> None:
+    counted, text = Counted(stop), ("ab" * 199 + "aa" * 199) * 4
+    filtered, out = StopFilter([counted]), ""
+    for letter in text:
+        out += filtered.push(letter)
+    assert out + filtered.flush() == text
+    assert counted.looked <= 8 * len(text)
+
+
+def test_tokens_are_decoded_a_bounded_number_of_times(tokenizer: PreTrainedTokenizerFast) -> None:
+    reader, text, decoded = Detokenizer(tokenizer, tokens_of("Prompt: ")), "naïve 漢字 👩\u200d🔬 " * 40, []
+    decode = reader._decode
+
+    def counted(ids: list[int]) -> str:
+        decoded.append(len(ids))
+        return decode(ids)
+
+    reader._decode = counted  # type: ignore[method-assign]
+    assert "".join(map(reader.push, tokens_of(text))) + reader.flush() == text
+    count = len(tokens_of(text))
+    assert len(decoded) <= 1.2 * count
+    assert sum(decoded) <= 24 * count

@@ -22,36 +22,11 @@ from serve.config import ServeConfig
 from serve.engine.backend import Backend
 from serve.engine.loading import load_backend
 from serve.service import Service
-from tests.http.tiny_service import BASE, PLAN, byte_model, byte_tokenizer
+from tests.fixtures.tiny_model import base, checkpoint, one_thread, tokenizer
+from tests.http.tiny_service import BASE, PLAN
 from tests.service.clients import ClientOf, clients
 
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    """Several threads for so small a model only wait for each other."""
-    torch.set_num_threads(1)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return byte_tokenizer()
-
-
-@pytest.fixture(scope="session")
-def base() -> PreTrainedModel:
-    return byte_model()
-
-
-@pytest.fixture(scope="session")
-def checkpoint(
-    base: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """The tiny full model as a folder that Transformers opens."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    base.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+__all__ = ["base", "checkpoint", "one_thread", "tokenizer"]
 
 
 @pytest.fixture(scope="session")

@@ -10,20 +10,24 @@ import openai
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from openai.types import completion_create_params as completion_params
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.chat import completion_create_params as chat_params
+from pydantic import BaseModel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ot_ray.artifacts import Registry
 from ot_ray.data import render
 from ot_ray.store import LocalStore
+from serve.engine.admission import BatchLimits
 from serve.engine.backend import LocalBackend
-from serve.engine.batching import BatchLimits
 from serve.engine.generation import GenerationEngine
 from serve.engine.plug_ins import NoPlugIns
 from serve.engine.residency import PlugInCache
 from serve.failures import ApiError
 from serve.service import Service
 from serve.wire.chat import ChatRequest
+from serve.wire.completions import CompletionRequest
 from tests.http.tiny_service import BASE, CONTEXT, PLAIN_TEXT, PLAN, tuned_state
 from tests.service.conftest import ClientOf
 
@@ -116,7 +120,7 @@ def test_contents_and_limits(client: TestClient) -> None:
     parts = [{"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "text", "text": "!"}]}]
     whole = [{"role": "user", "content": "Hi!", "name": "anna"}]
     assert chat(client, messages=parts)["choices"] == chat(client, messages=whole)["choices"]
-    assert chat(client, max_completion_tokens=3)["usage"]["completion_tokens"] == 3
+    assert chat(client, max_tokens=None, max_completion_tokens=3)["usage"]["completion_tokens"] == 3
     # Without a limit the answer may be as long as the context.
     assert chat(client, max_tokens=None)["usage"]["total_tokens"] == CONTEXT
     stopped = chat(client, max_tokens=None, logit_bias={"1": 100})["choices"][0]
@@ -144,6 +148,8 @@ def test_contents_and_limits(client: TestClient) -> None:
         ({"top_logprobs": 21, "logprobs": True}, "top_logprobs", "20"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream: true"),
+        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options", "include_obfuscation"),
+        ({"max_completion_tokens": 9}, "max_tokens", "send one of them"),
         ({"n": 9}, "n", "9 choices"),
         ({"foo": 1}, "foo", "Unrecognized"),
     ],
@@ -157,6 +163,26 @@ def test_what_is_not_there_is_refused_by_name(
     assert response.status_code == 400
     assert error["param"] == param
     assert words in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("place", "kind", "params"),
+    [
+        ("chat/completions", ChatRequest, chat_params.CompletionCreateParamsStreaming),
+        ("completions", CompletionRequest, completion_params.CompletionCreateParamsStreaming),
+    ],
+)
+def test_every_parameter_of_openais_client_is_taken_or_refused_by_name(
+    client: TestClient, place: str, kind: type[BaseModel], params: type
+) -> None:
+    needed = {"messages": MESSAGES} if kind is ChatRequest else {"prompt": "x"}
+    absent = sorted(params.__required_keys__.union(params.__optional_keys__) - kind.model_fields.keys())
+    assert not absent or kind is ChatRequest
+    for name in absent:
+        response = client.post(f"/v1/{place}", json={"model": BASE, **needed, name: ["asked for"]})
+        error = response.json()["error"]
+        assert (response.status_code, error["code"], error["param"]) == (400, "unsupported_parameter", name)
+        assert response.headers["x-should-retry"] == "false"
 
 
 @pytest.mark.parametrize(
