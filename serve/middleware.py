@@ -22,9 +22,37 @@ from ot_ray.config import Config
 from serve.failures import ApiError, api_error
 
 _log = logging.getLogger(__name__)
+TAKEN = "ot_ray.body.taken"
+"""ASGI extension, and type of the message it stands for: a server that offers it wants to hear of every
+`scope["extensions"][TAKEN]["every"]` bytes of the body that were taken, in a message's `bytes`."""
+MOST_HEADER_BYTES = 32 * 1024
+"""Bytes of headers and query in all."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _LENGTH = re.compile(r"[0-9]{1,15}")
-_MOST_HEADERS, _MOST_HEADER_BYTES = 128, 32 * 1024
+_MOST_HEADERS = 128
+
+
+def request_id_of(scope: Scope) -> str:
+    """The id that a request came with, if it is one plain name; else a new one."""
+    given = ",".join(Headers(scope=scope).getlist("x-request-id"))
+    return given if _REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(16)}"
+
+
+def check_headers(scope: Scope) -> None:
+    """Raises ApiError if a request has more headers than are taken."""
+    size = sum(len(name) + len(value) for name, value in scope["headers"]) + len(scope.get("query_string", b""))
+    if size > MOST_HEADER_BYTES or len(scope["headers"]) > _MOST_HEADERS:
+        raise ApiError(
+            f"The headers and the query take {size} bytes in {len(scope['headers'])} headers; "
+            f"send at most {MOST_HEADER_BYTES} bytes in {_MOST_HEADERS}.",
+            431,
+        )
+
+
+async def refuse(error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a request with an error that no route told."""
+    failure = api_error(error)
+    await JSONResponse(failure.body, failure.status, failure.headers)(scope, receive, send)
 
 
 class RequestId:
@@ -41,8 +69,7 @@ class RequestId:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(16)}"
+        request_id = request_id_of(scope)
         scope.setdefault("state", {})["request_id"] = request_id
         begun = False
 
@@ -60,8 +87,7 @@ class RequestId:
             _log.exception("request %s failed", request_id)
             if begun:
                 raise
-            failure = api_error(error)
-            await JSONResponse(failure.body, failure.status, failure.headers)(scope, receive, send_with_id)
+            await refuse(error, scope, receive, send_with_id)
 
 
 class Patience(Config):
@@ -108,9 +134,10 @@ class BodyLimit:
         try:
             stated = _stated_length(scope, limit)
         except ApiError as failure:
-            await JSONResponse(failure.body, failure.status, failure.headers)(scope, receive, send)
+            await refuse(failure, scope, receive, send)
             return
-        await self._app(scope, _Body(receive, limit, stated, self._patience), send)
+        tell = _Taken(scope, send)
+        await self._app(scope, _Body(receive, limit, stated, self._patience, tell), send)
 
     def _limit_of(self, method: str, path: str) -> int:
         fitting = (item.most for item in self._uploads if item.method == method and item.path.fullmatch(path))
@@ -119,13 +146,7 @@ class BodyLimit:
 
 def _stated_length(scope: Scope, limit: int) -> int | None:
     """The content-length, if there is one. Raises ApiError if the headers show that the request is refused."""
-    size = sum(len(name) + len(value) for name, value in scope["headers"]) + len(scope.get("query_string", b""))
-    if size > _MOST_HEADER_BYTES or len(scope["headers"]) > _MOST_HEADERS:
-        raise ApiError(
-            f"The headers and the query take {size} bytes in {len(scope['headers'])} headers; "
-            f"send at most {_MOST_HEADER_BYTES} bytes in {_MOST_HEADERS}.",
-            431,
-        )
+    check_headers(scope)
     headers = Headers(scope=scope)
     if headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
         raise ApiError("Compressed request bodies are not taken; send the body without content-encoding.", 415)
@@ -139,11 +160,25 @@ def _stated_length(scope: Scope, limit: int) -> int | None:
     return int(length)
 
 
+class _Taken:
+    """Tells the server how much of a body was taken, if it asks for that: it sends on no more than is being taken."""
+
+    def __init__(self, scope: Scope, send: Send) -> None:
+        self._send, self._untold = send, 0
+        self._every: int | None = (scope.get("extensions") or {}).get(TAKEN, {}).get("every")
+
+    async def __call__(self, size: int) -> None:
+        self._untold += size
+        if self._every is not None and self._untold >= self._every:
+            told, self._untold = self._untold, 0
+            await self._send({"type": TAKEN, "bytes": told})
+
+
 class _Body:
     """A request's body as it comes, until it breaks a rule. FastAPI lets HTTPException through while it reads one."""
 
-    def __init__(self, receive: Receive, limit: int, stated: int | None, patience: Patience) -> None:
-        self._receive, self._limit, self._stated, self._patience = receive, limit, stated, patience
+    def __init__(self, receive: Receive, limit: int, stated: int | None, patience: Patience, tell: _Taken) -> None:
+        self._receive, self._limit, self._stated, self._patience, self._tell = receive, limit, stated, patience, tell
         self._taken, self._waited, self._ended = 0, 0.0, False
 
     async def __call__(self) -> Message:
@@ -159,6 +194,7 @@ class _Body:
             self._refuse(413, _too_large(self._limit))
         if self._stated is not None and (self._taken > self._stated or (self._ended and self._taken < self._stated)):
             self._refuse(400, f"The request body is not of the {self._stated} bytes that content-length states.")
+        await self._tell(len(message.get("body", b"")))
         return message
 
     async def _next(self) -> Message:

@@ -35,6 +35,9 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         "url": "https://example.com/hooks/tuning",
         "event_types": ["fine_tuning.job.succeeded", "fine_tuning.job.failed"],
     },
+    "update_endpoint": {"event_types": ["fine_tuning.job.succeeded"]},
+    "rotate_secret": {"keep_old_secret_active_for_24_hours": True},
+    "test_endpoint": {"event_type": "fine_tuning.job.succeeded"},
     "create_tenant": {"name": "acme", "limits": {"running_jobs": 2, "requests_per_minute": 600}},
     "change_tenant": {"limits": {"queued_jobs": 20}, "disabled": False},
     "create_key": {

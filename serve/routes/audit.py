@@ -27,6 +27,7 @@ _Filter = Annotated[str | None, Query(max_length=128)]
     "/audit",
     response_model=Listing[AuditEntry],
     responses={200: {"content": {_JSON_LINES: {"schema": {"type": "string"}}}}},
+    summary="List audit log entries",
 )
 def list_audit(
     request: Request,

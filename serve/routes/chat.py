@@ -32,7 +32,7 @@ from serve.wire.chat import (
 router = APIRouter(prefix="/v1", route_class=OnceRoute)
 
 
-@router.post("/chat/completions", response_model=ChatCompletion)
+@router.post("/chat/completions", response_model=ChatCompletion, summary="Create a chat completion")
 async def chat(
     request: Request, body: ChatRequest, identity: Annotated[Identity, Depends(needs("inference"))]
 ) -> Response:

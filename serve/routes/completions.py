@@ -23,7 +23,7 @@ from serve.wire.completions import Choice, Completion, CompletionRequest, Logpro
 router = APIRouter(prefix="/v1", route_class=OnceRoute)
 
 
-@router.post("/completions", response_model=Completion)
+@router.post("/completions", response_model=Completion, summary="Create a completion")
 async def complete(
     request: Request, body: CompletionRequest, identity: Annotated[Identity, Depends(needs("inference"))]
 ) -> Response:

@@ -24,7 +24,7 @@ from serve.catalogue.records import File
 from serve.failures import ApiError
 from serve.routes import service_of
 from serve.routes.downloads import Download, download
-from serve.routes.identity import Identity, needs, record
+from serve.routes.identity import Identity, needs, noted
 from serve.routes.once import Once, once_for
 from serve.routes.transfers import in_thread, turn
 from serve.routes.uploads import ROOM, Form, received_form
@@ -67,7 +67,7 @@ async def create_file(request: Request, identity: Asker) -> Response:
     with turn(request, identity.tenant_id, settings.uploads):
         if not once.may_be_known:  # a file that is kept already needs no more room
             await to_thread.run_sync(_require_room, request, identity)
-        async with received_form(request, settings.max_bytes, settings.folder) as form:
+        async with received_form(request, settings.max_bytes, settings.folder) as form, once.held():
             return await in_thread(_create, request, identity, form, once)
 
 
@@ -100,8 +100,7 @@ def delete_file(request: Request, file_id: str, identity: Asker) -> FileDeleted:
     """Delete a file. Jobs that were made with it have read it or fail; those that run have copies of their own."""
     catalogue, store = _kept_in(request)
     with _not_found(file_id):
-        file = drop_file(catalogue, store, identity.tenant_id, file_id)
-    record(request, identity, "file.delete", file.id)
+        file = drop_file(catalogue, store, identity.tenant_id, file_id, noted(request, identity, "file.delete"))
     return FileDeleted(id=file.id)
 
 
@@ -137,7 +136,6 @@ def _create(request: Request, identity: Identity, form: Form, once: Once) -> Res
         return once.replay
     try:
         file = _keep(request, identity, form, wanted, once)
-        record(request, identity, "file.create", file.id, bytes=file.bytes)
     except Exception as error:
         once.failed(error)
         raise
@@ -161,6 +159,7 @@ def _keep(request: Request, identity: Identity, form: Form, wanted: FileForm, on
             lasts_s=wanted.expires_after.seconds if wanted.expires_after else None,
             most_bytes=identity.limits.file_bytes,
             file_id=once.new_id("file-"),
+            audit=noted(request, identity, "file.create", bytes=form.file.size),
         )
     except TenantFullError:
         raise _no_room(identity) from None

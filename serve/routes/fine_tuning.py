@@ -15,7 +15,7 @@ from serve.catalogue import Catalogue
 from serve.catalogue.records import ENDED, Job
 from serve.failures import ApiError
 from serve.routes import service_of
-from serve.routes.identity import Identity, needs, record
+from serve.routes.identity import Identity, needs, noted
 from serve.routes.job_checks import job_fields, queue_full
 from serve.routes.job_objects import checkpoint_object, event_object, job_object
 from serve.routes.once import OnceRoute, once_of
@@ -32,7 +32,7 @@ _MOST_PAIRS = 16
 _TURNS = 10
 
 
-@router.post("")
+@router.post("", summary="Create a fine-tuning job")
 def create_job(request: Request, body: wire.JobRequest, identity: Asker) -> wire.FineTuningJob:
     """Have a model tuned on a file of examples; the job's data are validated before it is queued."""
     service = service_of(request)
@@ -42,14 +42,14 @@ def create_job(request: Request, body: wire.JobRequest, identity: Asker) -> wire
     job = _made_before(catalogue, identity, job_id) if once.taken_over else None
     if job is None:
         fields = job_fields(service, catalogue, identity, body)
-        job = catalogue.jobs.create(identity.tenant_id, job_id=job_id, most_waiting=most, **fields)
+        line = noted(request, identity, "job.create", training_file=body.training_file)
+        job = catalogue.jobs.create(identity.tenant_id, job_id=job_id, most_waiting=most, audit=line, **fields)
     if job is None:
         raise queue_full(most)
-    record(request, identity, "job.create", job.id, training_file=job.training_file)
     return job_object(job)
 
 
-@router.get("")
+@router.get("", summary="List fine-tuning jobs")
 def list_jobs(request: Request, identity: Asker, after: After = None, limit: Limit = 20) -> Listing[wire.FineTuningJob]:
     """The asker's jobs, the newest first; `metadata[key]=value` keeps those that have it, `metadata=null` those that
     have none."""
@@ -64,13 +64,13 @@ def list_jobs(request: Request, identity: Asker, after: After = None, limit: Lim
     return Listing.of([job_object(job) for job in page.items], page.has_more)
 
 
-@router.get("/{job_id}")
+@router.get("/{job_id}", summary="Retrieve a fine-tuning job")
 def get_job(request: Request, job_id: str, identity: Asker) -> wire.FineTuningJob:
     """One job."""
     return job_object(_job(_catalogue(service_of(request)), identity, job_id))
 
 
-@router.get("/{job_id}/events")
+@router.get("/{job_id}/events", summary="List the events of a fine-tuning job")
 def list_events(
     request: Request, job_id: str, identity: Asker, after: After = None, limit: Limit = 20
 ) -> Listing[wire.JobEvent]:
@@ -84,7 +84,7 @@ def list_events(
     return Listing.of([event_object(event) for event in page.items], page.has_more)
 
 
-@router.get("/{job_id}/checkpoints")
+@router.get("/{job_id}/checkpoints", summary="List the checkpoints of a fine-tuning job")
 def list_checkpoints(
     request: Request, job_id: str, identity: Asker, after: After = None, limit: Limit = 10
 ) -> Listing[wire.JobCheckpoint]:
@@ -98,18 +98,19 @@ def list_checkpoints(
     return Listing.of([checkpoint_object(item) for item in page.items], page.has_more)
 
 
-@router.post("/{job_id}/cancel")
+@router.post("/{job_id}/cancel", summary="Cancel a fine-tuning job")
 def cancel_job(request: Request, job_id: str, identity: Asker) -> wire.FineTuningJob:
     """End a job. One that waits is cancelled at once, one that runs as soon as it has been stopped; cancelling a
     cancelled job changes nothing."""
     catalogue = _catalogue(service_of(request))
+    line = noted(request, identity, "job.cancel")
 
     def attempt(job: Job) -> Job | None:
         if job.status == "cancelled":
             return job
         _refuse_ended(job, "cancelled")
         if job.status == "running":
-            return catalogue.jobs.want(identity.tenant_id, job_id, "cancel", expected=("running",))
+            return catalogue.jobs.want(identity.tenant_id, job_id, "cancel", expected=("running",), audit=line)
         moved = catalogue.jobs.move(
             job_id,
             (job.status,),
@@ -117,16 +118,18 @@ def cancel_job(request: Request, job_id: str, identity: Asker) -> wire.FineTunin
             event="The fine-tuning job was cancelled",
             deliver=_CANCELLED,
             wanted="cancel",
+            audit=line,
         )
         return catalogue.jobs.get(identity.tenant_id, job_id) if moved else None
 
-    return _changed(request, identity, "job.cancel", job_id, attempt)
+    return _changed(catalogue, identity, job_id, attempt)
 
 
-@router.post("/{job_id}/pause")
+@router.post("/{job_id}/pause", summary="Pause a fine-tuning job")
 def pause_job(request: Request, job_id: str, identity: Asker) -> wire.FineTuningJob:
     """Hold a job. One that runs stops after its last checkpoint was kept; pausing a paused job changes nothing."""
     catalogue = _catalogue(service_of(request))
+    line = noted(request, identity, "job.pause")
 
     def attempt(job: Job) -> Job | None:
         if job.status == "paused":
@@ -135,32 +138,33 @@ def pause_job(request: Request, job_id: str, identity: Asker) -> wire.FineTuning
         _refuse_cancelling(job, "paused")
         if job.status != "queued":
             # The controller acts on it: when the files are validated, or when the run has stopped.
-            return catalogue.jobs.want(identity.tenant_id, job_id, "pause", expected=(job.status,))
-        moved = catalogue.jobs.move(job_id, ("queued",), "paused", event="The fine-tuning job was paused", wanted="run")
+            return catalogue.jobs.want(identity.tenant_id, job_id, "pause", expected=(job.status,), audit=line)
+        event = "The fine-tuning job was paused"
+        moved = catalogue.jobs.move(job_id, ("queued",), "paused", event=event, wanted="run", audit=line)
         return catalogue.jobs.get(identity.tenant_id, job_id) if moved else None
 
-    return _changed(request, identity, "job.pause", job_id, attempt)
+    return _changed(catalogue, identity, job_id, attempt)
 
 
-@router.post("/{job_id}/resume")
+@router.post("/{job_id}/resume", summary="Resume a fine-tuning job")
 def resume_job(request: Request, job_id: str, identity: Asker) -> wire.FineTuningJob:
     """Have a paused job go on from its last checkpoint, when its turn comes again; one that is not paused goes on
     anyway."""
     catalogue = _catalogue(service_of(request))
-    most = identity.limits.queued_jobs
+    most, line = identity.limits.queued_jobs, noted(request, identity, "job.resume")
 
     def attempt(job: Job) -> Job | None:
         _refuse_ended(job, "resumed")
         _refuse_cancelling(job, "resumed")
         if job.status != "paused":
-            return catalogue.jobs.want(identity.tenant_id, job_id, "run", expected=(job.status,))
+            return catalogue.jobs.want(identity.tenant_id, job_id, "run", expected=(job.status,), audit=line)
         event = "The fine-tuning job was resumed and waits in the queue"
-        found = catalogue.jobs.resume(identity.tenant_id, job_id, event=event, most_waiting=most)
+        found = catalogue.jobs.resume(identity.tenant_id, job_id, event=event, most_waiting=most, audit=line)
         if found == "full":
             raise queue_full(most)
         return catalogue.jobs.get(identity.tenant_id, job_id) if found == "resumed" else None
 
-    return _changed(request, identity, "job.resume", job_id, attempt)
+    return _changed(catalogue, identity, job_id, attempt)
 
 
 def _catalogue(service: Service) -> Catalogue:
@@ -186,18 +190,16 @@ def _job(catalogue: Catalogue, identity: Identity, job_id: str) -> Job:
 
 
 def _changed(
-    request: Request, identity: Identity, action: str, job_id: str, attempt: Callable[[Job], Job | None]
+    catalogue: Catalogue, identity: Identity, job_id: str, attempt: Callable[[Job], Job | None]
 ) -> wire.FineTuningJob:
-    """Try a change until nobody else's comes in between, and note it in the audit log.
+    """Try a change until nobody else's comes in between.
 
     Args:
         attempt: changes a job as it was just read; None if its status had changed meanwhile.
     """
-    catalogue = _catalogue(service_of(request))
     for _ in range(_TURNS):
         changed = attempt(_job(catalogue, identity, job_id))
         if changed is not None:
-            record(request, identity, action, job_id)
             return job_object(changed)
     raise ApiError("The job changes faster than it can be told; try again.", 503, "unavailable", retry_after_s=1)
 

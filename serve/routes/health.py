@@ -21,7 +21,7 @@ _PATIENCE_S = 20.0
 _FRESH_S = 1.0
 
 
-@router.get("/healthz")
+@router.get("/healthz", summary="Check that the model answers")
 async def healthz(request: Request) -> dict[str, str]:
     """Have the model make a token; anything that keeps it from doing so is a 503."""
     state = request.app.state

@@ -18,7 +18,7 @@ from serve.catalogue import Catalogue, new_id
 from serve.catalogue.records import Adapter
 from serve.failures import ApiError
 from serve.routes import service_of
-from serve.routes.identity import Identity, needs, record
+from serve.routes.identity import Identity, needs, noted
 from serve.routes.offsite import find_offer, store_of
 from serve.routes.once import OnceRoute, once_of
 from serve.routes.piece_bodies import OffsetError, body_of, placed
@@ -78,6 +78,7 @@ def create_adapter(request: Request, body: AdapterRequest, identity: Asker) -> A
         bytes=size,
         adapter_id=once_of(request).new_id("adp_"),
         most_open=settings.open_uploads,
+        audit=noted(request, identity, "adapter.create", bundle_id=bundle.bundle_id, suffix=body.suffix),
     )
     if adapter is None:
         raise ApiError(
@@ -86,7 +87,6 @@ def create_adapter(request: Request, body: AdapterRequest, identity: Asker) -> A
             "rate_limit_exceeded",
             retry_after_s=30,
         )
-    record(request, identity, "adapter.create", adapter.id, bundle_id=bundle.bundle_id, suffix=adapter.suffix)
     return adapter_object(service, adapter, _receiving(service, adapter))
 
 
@@ -115,12 +115,12 @@ def delete_adapter(request: Request, adapter_id: str, identity: Asker) -> Adapte
     service = service_of(request)
     catalogue = _catalogue(service)
     adapter = _adapter(catalogue, identity, adapter_id)
-    if not catalogue.adapters.delete(adapter.id, {"receiving", "received", "rejected"}):
+    line = noted(request, identity, "adapter.delete")
+    if not catalogue.adapters.delete(adapter.id, {"receiving", "received", "rejected"}, line):
         raise ApiError(
             f"Adapter {adapter.id} is being inspected or accepted; delete its model instead.", 409, "invalid_state"
         )
     store_of(service).delete_prefix(upload_prefix(adapter.id))
-    record(request, identity, "adapter.delete", adapter.id)
     return AdapterDeleted(id=adapter.id)
 
 
@@ -176,11 +176,11 @@ def _complete(request: Request, adapter_id: str, identity: Identity) -> AdapterO
         raise ApiError(f"The upload is not complete: {told}.", 409, "incomplete")
     catalogue.adapters.touch(adapter.id)
     _assemble(service, adapter, receiving)
-    moved = catalogue.adapters.move(adapter.id, {"receiving"}, "received")
+    line = noted(request, identity, "adapter.complete")
+    moved = catalogue.adapters.move(adapter.id, {"receiving"}, "received", audit=line)
     if moved is not None:
         # Pieces that came meanwhile: those that come from now on see the new state, and remove themselves.
         receiving.forget_pieces()
-        record(request, identity, "adapter.complete", adapter.id)
     else:
         moved = _still_there(service, adapter)
     return adapter_object(service, moved)

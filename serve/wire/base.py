@@ -74,7 +74,7 @@ class StreamOptions(Request):
     include_usage: bool = False
     """End with one more chunk that holds the usage of the whole request."""
     include_obfuscation: bool = False
-    """Accepted for OpenAI's clients; this service pads nothing."""
+    """Only false is taken: this service pads nothing."""
 
 
 class Usage(BaseModel):

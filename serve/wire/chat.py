@@ -28,6 +28,9 @@ _ABSENT = {
     "modalities": "modalities other than text",
     "store": "stored answers",
     "service_tier": "service tiers",
+    "moderation": "moderation",
+    "prompt_cache_options": "prompt cache",
+    "prompt_cache_retention": "prompt cache",
 }
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
@@ -39,6 +42,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "store": (False,),
     "service_tier": ("auto", "default"),
+    "prompt_cache_retention": ("in_memory",),
 }
 """Values that ask for nothing."""
 
@@ -119,6 +123,7 @@ class ChatRequest(Request):
     """Accepted for OpenAI's clients; answers are not stored."""
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    """Accepted for OpenAI's clients; no prompts are kept."""
 
     @model_validator(mode="before")
     @classmethod

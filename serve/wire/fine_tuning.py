@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from ot_ray.artifacts.manifest import NAME_PATTERN
 from ot_ray.model import Method as TuningMethod
+from serve.failures import ApiError
 from serve.wire.base import Request
 
 _SUFFIX = re.compile(NAME_PATTERN)
@@ -62,9 +63,11 @@ def _metadata(value: Any) -> Any:
 
 def _no_integrations(value: Any) -> Any:
     if value != []:
-        raise ValueError(
-            "this service has no integrations, wandb neither; leave them out: a job's figures are in its events, its "
-            "checkpoints and its results file"
+        raise ApiError(
+            "This service has no integrations, wandb neither; leave them out: a job's figures are in its events, its "
+            "checkpoints and its results file.",
+            code="unsupported_parameter",
+            param="integrations",
         )
     return value
 
@@ -96,8 +99,10 @@ class Method(Request):
     @classmethod
     def _supervised_only(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("type") in ("dpo", "reinforcement"):
-            raise ValueError(
-                f"method {values['type']} is not offered; use {{'type': 'supervised'}} with examples of good answers"
+            raise ApiError(
+                f"method {values['type']} is not offered; use {{'type': 'supervised'}} with examples of good answers.",
+                code="unsupported_parameter",
+                param="method",
             )
         return values
 

@@ -53,6 +53,55 @@ def administer(database: str, *arguments: str) -> str:
     return said.getvalue()
 
 
+def configured(
+    folder: Path,
+    checkpoint: Path,
+    bundle: Path,
+    public_key: Path,
+    tenants: Sequence[str],
+    database: str | None = None,
+    **more: Any,
+) -> tuple[Path, Running]:
+    """The config file of a service with everything on, its bundle released and its tenants made, and where it will be.
+
+    Args:
+        database: URL of an empty one; None for a file of SQLite.
+        more: settings over those for a tiny model; those of `jobs` one by one.
+    """
+    store, database, port = LocalStore(folder / "store"), database or f"sqlite:///{folder}/service.db", free_port()
+    publish_bundle(store, bundle)
+    Releases(store, BASE).release("1")
+    administer(database, "migrate")
+    for tenant in tenants:
+        administer(database, "tenant", "create", tenant)
+    jobs = {
+        "public_key": str(public_key),
+        "sequence_length": 64,
+        "precision": "float32",
+        "tick_s": 0.2,
+        "learning_rate": 1e-3,
+    }
+    settings = {
+        "model": {"name": BASE, "source": str(checkpoint)},
+        "store": store.url,
+        "database": {"url": database},
+        "port": port,
+        "refresh_s": 0.2,
+        "webhooks": {"allow_http": True, "allow_private": True},
+        **more,
+        "jobs": {**jobs, **more.get("jobs", {})},
+    }
+    file = folder / "serve.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    return file, Running(f"http://127.0.0.1:{port}/v1", database, store, folder / "serve.log")
+
+
+def command_of(file: Path, address: str | None) -> list[str]:
+    """What starts the service; on a Ray of its own where no address is given."""
+    command = [sys.executable, "-m", "serve", "--config", str(file)]
+    return command if address is None else [*command, "--address", address]
+
+
 @contextmanager
 def running_service(
     folder: Path, address: str, checkpoint: Path, bundle: Path, public_key: Path, tenants: Sequence[str], **more: Any
@@ -63,37 +112,12 @@ def running_service(
         address: of the Ray that it runs on.
         more: settings over those for a tiny model.
     """
-    store, database, port = LocalStore(folder / "store"), f"sqlite:///{folder}/service.db", free_port()
-    publish_bundle(store, bundle)
-    Releases(store, BASE).release("1")
-    administer(database, "migrate")
-    for tenant in tenants:
-        administer(database, "tenant", "create", tenant)
-    settings = {
-        "model": {"name": BASE, "source": str(checkpoint)},
-        "store": store.url,
-        "database": {"url": database},
-        "port": port,
-        "refresh_s": 0.2,
-        "jobs": {
-            "public_key": str(public_key),
-            "sequence_length": 64,
-            "precision": "float32",
-            "tick_s": 0.2,
-            "learning_rate": 1e-3,
-        },
-        "webhooks": {"allow_http": True, "allow_private": True},
-        **more,
-    }
-    (folder / "serve.yaml").write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "-m", "serve", "--config", str(folder / "serve.yaml"), "--address", address]
-    log = folder / "serve.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+    file, running = configured(folder, checkpoint, bundle, public_key, tenants, **more)
+    with running.log.open("wb") as output:
+        process = subprocess.Popen(command_of(file, address), stdout=output, stderr=output, start_new_session=True)
     try:
-        root = f"http://127.0.0.1:{port}"
-        until(lambda: answers(process, root, log))
-        yield Running(f"{root}/v1", database, store, log)
+        until(lambda: answers(process, running.url.removesuffix("/v1"), running.log))
+        yield running
     finally:
         stop(process)
 

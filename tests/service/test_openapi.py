@@ -60,6 +60,12 @@ def test_every_operation_has_openais_errors_and_asks_for_a_key(document: dict[st
     assert not {"HTTPValidationError", "ValidationError"} & document["components"]["schemas"].keys()
 
 
+def test_summaries_are_sentences_without_a_full_stop(document: dict[str, Any]) -> None:
+    told = {operation["operationId"]: operation["summary"] for _, _, operation in operations(document)}
+    assert all(re.fullmatch(r"[A-Z][a-z]+( [a-z][a-z',-]*)*", summary) for summary in told.values()), told
+    assert all(summary.lower() != name.replace("_", " ") or name.startswith("list_") for name, summary in told.items())
+
+
 def test_every_json_body_has_an_example_of_its_shape(document: dict[str, Any]) -> None:
     bodies = {
         operation["operationId"]: content["application/json"]
