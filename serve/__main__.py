@@ -5,9 +5,9 @@ Everything it does is in local.py; without `--address` it brings a Ray of its ow
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
-import threading
 
 from ot_ray.config import load
 from ot_ray.errors import OTRayError
@@ -16,7 +16,7 @@ from serve.config import ServeConfig
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Serve until a signal comes; 0 after one, 2 if the service could not start."""
+    """Serve until a signal comes; 0 after one, 2 if the service could not start, or its Ray is gone."""
     parser = argparse.ArgumentParser(prog="python -m serve", description="Serve a base model and its plug-ins.")
     parser.add_argument("--config", help="YAML file with the fields of ServeConfig")
     parser.add_argument("--address", help="a running Ray to serve on; without it, a local one is started")
@@ -31,7 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _serve(config: ServeConfig, address: str | None) -> None:
-    require_free_port(config.host, config.port)
+    if address is None and "RAY_ADDRESS" not in os.environ:
+        # Before a Ray is started for nothing; on one that runs, the service that holds the port may be this one's own.
+        require_free_port(config.host, config.port)
     # Tuning jobs are submitted to the Jobs API, which is part of the dashboard.
     submits = config.database is not None and config.jobs.launcher == "ray-jobs"
     with ray_cluster(address, dashboard=submits, show_logs=False):
@@ -40,11 +42,11 @@ def _serve(config: ServeConfig, address: str | None) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler)
         # Ray chooses its authentication when it is imported, so that this waits for the cluster.
-        from serve.local import run, shutdown
+        from serve.local import attend, run, shutdown
 
         try:
             sys.stderr.write(f"serve: {config.model.name} answers at {run(config)}; stop with Ctrl-C\n")
-            threading.Event().wait()
+            attend()
         except KeyboardInterrupt:
             shutdown()
 

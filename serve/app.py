@@ -22,6 +22,8 @@ from serve.service import Service
 
 # The ingress only passes bytes on, so it takes all that the engines and their queue can hold.
 _INGRESS_REQUESTS = 10_000
+# How soon a replica that died is missed.
+_HEALTH_S = 5.0
 
 
 @ray_serve.ingress()
@@ -41,7 +43,7 @@ class Api:
         if config.database is not None:
             catalogue = Catalogue.open(config.database)
             # The controller may not be there yet.
-            catalogue.migrate()
+            catalogue.migrate(config.database.start_wait_s)
         store = open_store(config.store) if config.store is not None else None
         return create_api(Service(RemoteBackend(self._engine), config, catalogue, store), answer_request_id=False)
 
@@ -63,13 +65,22 @@ def build_app(args: dict[str, Any]) -> ray_serve.Application:
         max_ongoing_requests=config.max_ongoing_requests,
         max_queued_requests=config.max_queued_requests,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=2),
+        health_check_period_s=_HEALTH_S,
         health_check_timeout_s=60,
         max_constructor_retry_count=1,
+        max_surge_percent=config.surge_percent,
         graceful_shutdown_timeout_s=config.drain_s,
     )(Engine)
-    api = ray_serve.deployment(name="Api", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=_INGRESS_REQUESTS)(
-        Api
-    )
+    api = ray_serve.deployment(
+        name="Api",
+        num_replicas=config.apis,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=_INGRESS_REQUESTS,
+        health_check_period_s=_HEALTH_S,
+        # A new one costs little, and answers pass through it as long as an engine makes them.
+        max_surge_percent=100,
+        graceful_shutdown_timeout_s=config.drain_s,
+    )(Api)
     engines = engine.bind(config)
     return api.bind(config, engines, _controller(config, engines))
 
@@ -82,6 +93,9 @@ def _replicas(config: ServeConfig) -> dict[str, Any]:
         "min_replicas": config.engines,
         "max_replicas": config.max_engines,
         "target_ongoing_requests": config.max_concurrent,
+        "look_back_period_s": config.scale_window_s,
+        "upscale_delay_s": config.scale_up_s,
+        "downscale_delay_s": config.scale_down_s,
     }
     return {"autoscaling_config": scaling}
 

@@ -33,12 +33,24 @@ class ServeConfig(EngineConfig):
     """Largest request body, in bytes, uploads aside."""
     patience: Patience = Patience()
     """How slowly a body may come."""
+    apis: int = Field(default=1, ge=1)
+    """Replicas of the HTTP side, which share the database and the store and keep nothing to themselves."""
     engines: int = Field(default=1, ge=1)
     """Replicas of the engine; each holds the whole base model. With `max_engines`, the fewest."""
     max_engines: int | None = Field(default=None, ge=1)
     """Most replicas, which come and go with the requests under way; null keeps their number."""
+    scale_window_s: float = Field(default=20.0, gt=10)
+    """Seconds over which the requests under way are averaged to tell how many engines they need; HTTP sides report
+    them every ten."""
+    scale_up_s: float = Field(default=10.0, ge=0)
+    """Seconds that more engines must have been needed before they are started."""
+    scale_down_s: float = Field(default=600.0, ge=0)
+    """Seconds that fewer engines must have been needed before one goes."""
     drain_s: float = Field(default=300.0, ge=0)
     """Seconds that a replica has to finish its answers when it is replaced or not needed any more."""
+    surge_percent: int = Field(default=25, ge=0, le=100)
+    """Engines that may run beyond their number while all are replaced, in percent, rounded up to whole ones; 0 stops
+    one before the next is started, which needs no more machines and leaves fewer engines, or none, meanwhile."""
     num_cpus: float = Field(default=1.0, ge=0)
     """CPU cores that Ray sets aside for each engine."""
     max_ongoing_requests: int = Field(default=512, ge=1)

@@ -5,12 +5,13 @@ Both are skins over backend.py; deploying them is app.py's part."""
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from typing import Any, cast
 
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
@@ -25,6 +26,10 @@ from serve.failures import ApiError, api_error
 from serve.wire.chat import ChatRequest
 from serve.wire.completions import CompletionRequest
 from serve.wire.models import ModelCard
+
+_log = logging.getLogger(__name__)
+# Of a replica that is gone, or out of reach. One that needed too much memory is not among them: the request may be why.
+_LOST = (RayActorError, ObjectLostError)
 
 
 class Engine:
@@ -75,7 +80,10 @@ async def _with_refusals(answer: AsyncGenerator[AnyChunk, None]) -> AsyncGenerat
 
 
 class RemoteBackend:
-    """A `Backend` that asks the replicas of an engine.
+    """A `Backend` that asks the replicas of an engine; what a replica leaves undone when it dies, another is asked for.
+
+    That happens once: a second one that dies under the same request may die of it. The rest is left to clients, which
+    are told to try again.
 
     Args:
         engine: the handle of a deployment of `Engine`.
@@ -85,12 +93,10 @@ class RemoteBackend:
         self._engine = engine
 
     async def models(self, tenant: str | None = None) -> list[ModelCard]:
-        with _ray_errors_told():
-            return await self._engine.models.remote(tenant)
+        return await _asked(lambda: self._engine.models.remote(tenant))
 
     async def find_model(self, name: str) -> ModelCard:
-        with _ray_errors_told():
-            return await self._engine.find_model.remote(name)
+        return await _asked(lambda: self._engine.find_model.remote(name))
 
     async def canary(self, model_id: str) -> CanaryReport:
         try:
@@ -103,37 +109,60 @@ class RemoteBackend:
             raise
 
     async def stats(self) -> EngineStats:
-        with _ray_errors_told():
-            return await self._engine.stats.remote()
+        return await _asked(lambda: self._engine.stats.remote())
 
     async def check_ready(self) -> None:
-        with _ray_errors_told():
-            await self._engine.check_ready.remote()
+        await _asked(lambda: self._engine.check_ready.remote())
 
     async def complete(self, request: CompletionRequest, asker: str = "") -> AsyncGenerator[Chunk, None]:
-        async with aclosing(_chunks(self._engine.options(stream=True).complete.remote(request, asker))) as chunks:
+        method = self._engine.options(stream=True).complete
+        async with aclosing(_chunks(lambda: method.remote(request, asker))) as chunks:
             async for chunk in chunks:
                 yield chunk
 
     async def chat(self, request: ChatRequest, asker: str = "") -> AsyncGenerator[ChatChunk, None]:
-        async with aclosing(_chunks(self._engine.options(stream=True).chat.remote(request, asker))) as chunks:
+        method = self._engine.options(stream=True).chat
+        async with aclosing(_chunks(lambda: method.remote(request, asker))) as chunks:
             async for chunk in chunks:
                 yield chunk
 
 
-async def _chunks(response: Any) -> AsyncGenerator[Any, None]:
-    """What a replica answers, item by item, with its refusals raised."""
-    stream = cast(DeploymentResponseGenerator[Any], response)
-    try:
-        with _ray_errors_told():
-            async for item in stream:
-                if isinstance(item, ApiError):
-                    raise item
-                yield item
-    except (asyncio.CancelledError, GeneratorExit):
-        # The client went away: the replica stops too.
-        stream.cancel()
-        raise
+async def _asked(ask: Callable[[], Any]) -> Any:
+    """What a replica answers, or another one if that is lost."""
+    with _ray_errors_told():
+        try:
+            return await ask()
+        except _LOST as error:
+            _log.warning("an engine was lost; another is asked: %s", error)
+            return await ask()
+
+
+async def _chunks(ask: Callable[[], Any]) -> AsyncGenerator[Any, None]:
+    """What a replica answers, item by item, with its refusals raised.
+
+    Of one that was lost after its first item, the beginning stays the client's, and what follows is an error."""
+    with _ray_errors_told():
+        for is_last in (False, True):
+            stream, last = cast(DeploymentResponseGenerator[Any], ask()), None
+            try:
+                async for item in stream:
+                    if isinstance(item, ApiError):
+                        raise item
+                    last = item
+                    yield item
+                return
+            except _LOST as error:
+                # It may be out of reach alone: nobody listens to it any more.
+                stream.cancel()
+                if last is not None and last.usage is not None:
+                    return  # with the whole answer
+                if last is not None or is_last:
+                    raise
+                _log.warning("an engine was lost before it said anything; another is asked: %s", error)
+            except (asyncio.CancelledError, GeneratorExit):
+                # The client went away: the replica stops too.
+                stream.cancel()
+                raise
 
 
 @contextmanager
@@ -148,7 +177,7 @@ def _ray_errors_told() -> Iterator[None]:
             "overloaded",
             retry_after_s=math.ceil(error.retry_after_s or 1),
         ) from None
-    except (RayActorError, DeploymentUnavailableError, ReplicaUnavailableError):
+    except (*_LOST, OutOfMemoryError, DeploymentUnavailableError, ReplicaUnavailableError):
         raise ApiError("The model is being restarted; try again.", 503, "unavailable", retry_after_s=5) from None
     except RayTaskError as error:
         raise api_error(error.cause) from error

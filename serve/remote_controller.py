@@ -25,6 +25,7 @@ from ot_ray.store import open_store
 from serve.catalogue import Catalogue
 from serve.config import ServeConfig
 from serve.controller.acceptance import AcceptanceWork, OffsiteReturns, Outcome, accept, judged
+from serve.controller.credentials import Renewals
 from serve.controller.job_folder import prepare
 from serve.controller.loop import Controller
 from serve.controller.webhooks import Deliverer
@@ -101,7 +102,7 @@ def build_controller(config: ServeConfig, engine: DeploymentHandle, opened: Exit
     assert config.store is not None
     catalogue, store = Catalogue.open(config.database), open_store(config.store)
     opened.callback(catalogue.close)
-    catalogue.migrate()
+    catalogue.migrate(config.database.start_wait_s)
     shape = open_model_source(config.model).config
     require_length(config.jobs.sequence_length, shape, "jobs.sequence_length")
     canary = judged(partial(run_canary, engine), config.offsite.max_perplexity_ratio)
@@ -117,8 +118,16 @@ def build_controller(config: ServeConfig, engine: DeploymentHandle, opened: Exit
         canary=canary,
         prepare=lambda job, folder: prepare(store, job, config.jobs, folder),
         limits=config.offsite.limits,
-        chores={"offsite uploads": returns.step, "webhooks": lambda: deliverer.run_due(time.time())},
-        sweeps={"files": lambda: sweep_files(catalogue, store), "uploads": returns.sweep},
+        chores={
+            "credentials": Renewals(catalogue, store, config.jobs).step,
+            "offsite uploads": returns.step,
+            "webhooks": lambda: deliverer.run_due(time.time()),
+        },
+        sweeps={
+            "files": lambda: sweep_files(catalogue, store),
+            "uploads": returns.sweep,
+            "deliveries": deliverer.sweep,
+        },
     )
     opened.callback(controller.close, _STEPS_S)
     return controller
