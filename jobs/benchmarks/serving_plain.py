@@ -80,6 +80,8 @@ class _Events(BaseStreamer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    # Each token is a packet; held back until the one before is acknowledged, the first would take 40 ms.
+    disable_nagle_algorithm = True
     models: PlainModels
 
     def do_GET(self) -> None:
