@@ -72,7 +72,7 @@ def run(config: MakeBaseConfig) -> dict[str, Any]:
                 int(figures["step"]), loss=figures["loss"], tokens_per_s=figures["tokens_per_s"]
             ),
         )
-    model.to(torch.bfloat16).save_pretrained(output)  # type: ignore[arg-type]
+    model.to(torch.bfloat16).save_pretrained(output)  # type: ignore[arg-type] - a wrapper's stub
     tokenizer.save_pretrained(output)
     last = [step["loss"] for step in result.history[-50:]]
     return {
@@ -104,8 +104,8 @@ def _text(config: MakeBaseConfig, output: Path) -> Path:
 def _tokenizer(config: MakeBaseConfig, output: Path) -> PreTrainedTokenizerFast:
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment] - no setter in its stub
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment] - no setter in its stub
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocabulary,
         special_tokens=["<pad>", "<eos>"],

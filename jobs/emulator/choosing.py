@@ -100,7 +100,7 @@ def choose_on_worker(payload: dict[str, Any]) -> dict[str, Any]:
     with contextlib.closing(open_model_source(config.model, patience_s=patience)) as source:
         batches = list(_calibration(config, source))
         model = load_full(config.model, source=source)
-    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
+    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type] - a wrapper's stub
     kept = choose_layers(model, config.split, config.emulator, batches)
     if config.emulator.factored:
         state = smaller_layers(model, config.split, kept, config.emulator, batches)

@@ -178,7 +178,7 @@ def score_share(payload: dict[str, Any]) -> dict[str, tuple[dict[str, Any] | Non
         tokenizer = models.tokenizer(setting)
         model = models.load(setting, cells[0]["task"], cells[0]["identity"]["weights"], store)
         if tasks.workers.gpus and torch.cuda.is_available():
-            model.to(torch.device("cuda"))  # type: ignore[arg-type]
+            model.to(torch.device("cuda"))  # type: ignore[arg-type] - a wrapper's stub
         outcome: dict[str, tuple[dict[str, Any] | None, str]] = {}
         for name, cell in zip(payload["names"], cells, strict=True):
             try:

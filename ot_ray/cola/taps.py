@@ -125,7 +125,7 @@ class Taps:
                 output = output + delta.reshape(output.shape).to(output.dtype)
         if batch is None or not torch.is_grad_enabled():
             return output
-        return _Tap.apply(output, x, self._anchor, batch, site)  # type: ignore[no-any-return]
+        return _Tap.apply(output, x, self._anchor, batch, site)
 
 
 class _Tap(torch.autograd.Function):
