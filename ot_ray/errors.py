@@ -85,7 +85,12 @@ class NotFiniteError(GradientLearningError):
 
 
 class ServiceError(OTRayError, ConnectionError):
-    """The service over HTTP refused a request, or did not answer; the message is its own where it gave one."""
+    """The service over HTTP refused a request, or did not answer; the message is its own where it gave one, and so are
+    `status` and `code`."""
+
+    def __init__(self, message: str, status: int | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.code = status, code
 
 
 class TrainingError(OTRayError, RuntimeError):

@@ -109,6 +109,11 @@ class Auxiliary:
         return twin
 
 
+def tensor_shapes(sites: Mapping[str, Site], config: AuxiliaryConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that an auxiliary beside these sites has, without making any."""
+    return {f"{name}.{part}": shape for name, site in sites.items() for part, shape in _shapes(site, config).items()}
+
+
 def check_tensors(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
     """Refuse tensors of other names or shapes, or that are not finite.
 

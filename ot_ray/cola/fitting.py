@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -185,19 +186,43 @@ def gradients(auxiliary: Auxiliary, pairs: Mapping[str, Pair]) -> dict[str, Tens
 
 
 def _gradients_at(auxiliary: Auxiliary, site: str, pair: Pair) -> dict[str, Tensor]:
-    parts = {part: tensor.detach().requires_grad_(True) for part, tensor in auxiliary.parts(site).items()}
+    found = auxiliary.sites[site]
+    parts = {part: tensor.detach() for part, tensor in auxiliary.parts(site).items()}
     like = next(iter(parts.values()))
+    factored = auxiliary.config.kind == "low_rank" and found.layout == "linear"
     try:
-        with torch.enable_grad():
-            output = auxiliary.delta(site, pair.x.to(like.device), parts)
+        shape, back = (_factored if factored else _traced)(auxiliary, site, pair.x.to(like.device), parts)
     except (RuntimeError, IndexError) as error:
         raise GradientLearningError(
-            f"x at site {site} is {pair.x.dtype} {[*pair.x.shape]}, which {auxiliary.sites[site]} does not take; give "
-            f"what its taps captured ({str(error).splitlines()[0]})"
+            f"x at site {site} is {pair.x.dtype} {[*pair.x.shape]}, which {found} does not take; give what its taps "
+            f"captured ({str(error).splitlines()[0]})"
         ) from None
-    if output.shape != pair.g.shape:
+    if shape != pair.g.shape:
         raise GradientLearningError(
-            f"g at site {site} is {[*pair.g.shape]}, but f(x) is {[*output.shape]}; give what its taps captured"
+            f"g at site {site} is {[*pair.g.shape]}, but f(x) is {[*shape]}; give what its taps captured"
         )
-    found = torch.autograd.grad(output, list(parts.values()), pair.g.to(like))
-    return {f"{site}.{part}": gradient for part, gradient in zip(parts, found, strict=True)}
+    return {f"{site}.{part}": gradient for part, gradient in zip(parts, back(pair.g.to(like)), strict=True)}
+
+
+_Back = Callable[[Tensor], Sequence[Tensor]]
+
+
+def _traced(auxiliary: Auxiliary, site: str, x: Tensor, parts: Mapping[str, Tensor]) -> tuple[torch.Size, _Back]:
+    """The shape of f(x), and what makes the gradients by its parts of g, by autograd."""
+    leaves = {part: tensor.requires_grad_(True) for part, tensor in parts.items()}
+    with torch.enable_grad():
+        output = auxiliary.delta(site, x, leaves)
+    return output.shape, lambda g: torch.autograd.grad(output, list(leaves.values()), g)
+
+
+def _factored(auxiliary: Auxiliary, site: str, x: Tensor, parts: Mapping[str, Tensor]) -> tuple[torch.Size, _Back]:
+    """The same for two factors, without a graph, which costs more than the products of a small fit."""
+    first, second = parts.values()
+    x, scale = x.to(first.dtype), auxiliary.config.scale
+    inner = F.linear(x, first)
+
+    def back(g: Tensor) -> tuple[Tensor, Tensor]:
+        rows, middle, slopes = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (x, inner, g))
+        return ((slopes @ second) * scale).mT @ rows, slopes.mT @ (middle * scale)
+
+    return torch.Size((*x.shape[:-1], second.shape[0])), back

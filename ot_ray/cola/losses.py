@@ -20,8 +20,8 @@ def customers_loss(logits: Tensor, labels: Tensor, rows: Sequence[Hashable], mas
         logits: [B, T, V].
         labels: int64 [B, T], those of the inputs themselves; they are shifted here. -100 is not learnt.
         rows: the customer of each of the B rows; rows of None are not learnt.
-        mask: the batch's, [B, T]. Nothing is learnt from padding, which would else predict the first token of a row
-            that is padded on its left.
+        mask: the batch's, [B, T]. Padding neither predicts (a row's first token, where it is padded on its left) nor
+            is predicted, whatever its labels say.
 
     Returns:
         Scalar, float32 at least. A customer without a position to learn adds nothing.
@@ -35,7 +35,8 @@ def customers_loss(logits: Tensor, labels: Tensor, rows: Sequence[Hashable], mas
         )
     wanted = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
     if mask is not None:
-        wanted = wanted.masked_fill(mask == 0, IGNORED)
+        padding = mask == 0
+        wanted = wanted.masked_fill(padding | F.pad(padding, (0, 1), value=True)[:, 1:], IGNORED)
     precise = logits if logits.itemsize >= 4 else logits.float()
     each = F.cross_entropy(precise.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none")
     each = each.view(wanted.shape)

@@ -26,7 +26,7 @@ class Merging:
         device: where the clean copies are kept; unset, beside the weights.
 
     Raises:
-        MergeError: a site's weight is packed or quantized, or shared with another module (a tied embedding).
+        MergeError: a site's weight is packed, quantized or sharded, or shared with another module (a tied embedding).
         SiteError: a site is not one of the model's.
     """
 
@@ -75,10 +75,14 @@ class Merging:
         weight = self._weights[name]
         precise = torch.promote_types(weight.dtype, torch.float32)
         total = self._clean[name].to(weight.device, precise)
-        for share, auxiliary in summands:
-            if name in auxiliary.sites:
-                delta = weight_delta(auxiliary, name, weight.device, precise)
-                total = total + share * delta.reshape(total.shape)
+        here = [(share, auxiliary) for share, auxiliary in summands if name in auxiliary.sites]
+        low = [summand for summand in here if summand[1].config.kind == "low_rank"]
+        if len(low) > 1:
+            total = total + _joint_delta(low, self._sites[name], weight.device, precise)
+            here = [summand for summand in here if summand[1].config.kind != "low_rank"]
+        for share, auxiliary in here:
+            delta = weight_delta(auxiliary, name, weight.device, precise)
+            total = total + share * delta.reshape(total.shape)
         total = total.to(weight.dtype)
         if not total.isfinite().all():
             raise NotFiniteError(f"the merged weight of {name} would not be finite; nothing was merged")
@@ -108,6 +112,19 @@ def weight_delta(
     delta = (outer.flatten(1) @ inner.flatten(1)).reshape(found.outputs, found.inputs, *found.kernel)
     delta = delta * auxiliary.config.scale
     return delta.t() if found.transposed else delta
+
+
+def _joint_delta(
+    summands: list[tuple[float, Auxiliary]], site: Site, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """The sum of what auxiliaries of low rank add, by one product for all."""
+    inner, outer = [], []
+    for share, auxiliary in summands:
+        first, second = (tensor.detach().to(device, dtype).flatten(1) for tensor in auxiliary.parts(site.name).values())
+        inner.append(first)
+        outer.append(second * (share * auxiliary.config.scale))
+    delta = (torch.cat(outer, 1) @ torch.cat(inner)).reshape(site.outputs, site.inputs, *site.kernel)
+    return delta.t() if site.transposed else delta
 
 
 def dequantize(model: nn.Module, sites: Mapping[str, Site], dtype: torch.dtype = torch.float32) -> list[str]:
@@ -141,6 +158,11 @@ def _weight(model: nn.Module, site: Site) -> Tensor:
         raise MergeError(
             f"the weight of {site.name} is packed; leave its auxiliary unmerged, or make it dense for good with "
             "dequantize(model, sites)"
+        )
+    if hasattr(getattr(module, "weight", None), "ds_shape"):
+        raise MergeError(
+            f"the weight of {site.name} is sharded over processes (ZeRO-3), none of which has the whole; leave its "
+            "auxiliary unmerged, or run the base in one process"
         )
     if site_of(site.name, module) != site:
         raise SiteError(f"{site.name} is another kind of module than the site says; find the sites of this model")

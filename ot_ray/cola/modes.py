@@ -1,34 +1,50 @@
 """Modes: whose auxiliary the rows of a pass go through, and to whom their gradients belong (ColA, section 3.3).
 
-Capturing is left to taps.py, fitting to fitting.py."""
+The products are in products.py; capturing is left to taps.py, fitting to fitting.py."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ot_ray.cola.auxiliaries import Auxiliary
+from ot_ray.cola.products import RowSums, SiteSums, Summands
 from ot_ray.errors import GradientLearningError, MergeError
-from ot_ray.model.multi_adapter import RowGroups
 
 JOINT = "joint"
 """The name under which the pairs of mode joint come."""
 
 
-class Mode(ABC):
+class Mode:
     """Auxiliaries by their customers' names, and how a forward pass uses them. Kinds and ranks may differ.
 
-    Their tensors are read when a pass runs, so that a fit in place is seen by the next one.
+    Their tensors are read when a pass runs, so that a fit in place is seen by the next one; a pass brings those of
+    other devices to its own, site by site, and keeps none of them.
+
+    Args:
+        auxiliaries: by customer, the one that is fitted to its rows.
+        through: by customer, what its rows go through: shares and auxiliaries.
+        everywhere: all rows go through one and the same sum, those of nobody among them.
     """
 
-    def __init__(self, auxiliaries: Mapping[str, Auxiliary]) -> None:
+    def __init__(
+        self, auxiliaries: Mapping[str, Auxiliary], through: Mapping[str, Summands], everywhere: bool = False
+    ) -> None:
         if not auxiliaries:
             raise GradientLearningError("a mode has no auxiliaries; give one for each customer")
         self.auxiliaries = dict(auxiliaries)
         self.names = sorted(self.auxiliaries)
+        self._everywhere = everywhere
+        # Customers whose sums are alike share one, so that their rows go as one.
+        sums: dict[tuple[tuple[float, int], ...], Summands] = {}
+        keys = {name: tuple((share, id(own)) for share, own in through[name]) for name in self.names}
+        for name, key in keys.items():
+            sums.setdefault(key, list(through[name]))
+        numbers = {key: number for number, key in enumerate(sums)}
+        self._sums, self._numbers = list(sums.values()), {name: numbers[key] for name, key in keys.items()}
+        self._at: dict[str, SiteSums | None] = {}
 
     needs_rows: bool = True
     """A pass has to say whose each row is."""
@@ -39,24 +55,40 @@ class Mode(ABC):
 
     def share(self, owner: str) -> float:
         """What the owner's output is multiplied by on its way into the owner's own rows."""
-        return 1.0
+        summands = self._sums[self._numbers[owner]]
+        return sum(share for share, auxiliary in summands if auxiliary is self.auxiliaries[owner])
 
-    @abstractmethod
-    def delta(self, site: str, x: Tensor, groups: RowGroups | None) -> Tensor | None:
+    def rows(self, owners: Sequence[str | None], device: torch.device) -> RowSums | None:
+        """Which sum the rows of a pass go through, given the owner of each; None where all go through the same."""
+        if self._everywhere:
+            return None
+        return RowSums([None if owner is None else self._numbers[owner] for owner in owners], device)
+
+    def delta(self, site: str, x: Tensor, rows: RowSums | None) -> Tensor | None:
         """What is added to a site's output; None for nothing. No auxiliary's tensor is part of its graph, x is.
 
         Args:
             x: what the module is called with, rows first: [B, ..., I] or [B * T, I].
-            groups: rows by owner, numbered as in `names` from 1 on; 0 is nobody's.
+            rows: as `rows` gives them.
         """
+        if site not in self._at:
+            found = next((own.sites[site] for summands in self._sums for _, own in summands if site in own.sites), None)
+            self._at[site] = None if found is None else SiteSums(found, self._sums)
+        at = self._at[site]
+        return None if at is None else at.delta(x, rows)
 
-    @abstractmethod
-    def summands(self) -> list[tuple[float, Auxiliary]]:
+    def summands(self) -> Summands:
         """The auxiliaries that weights hold once they are merged, each with its share.
 
         Raises:
             MergeError: rows of one pass need different weights.
         """
+        if len(self._sums) > 1:
+            raise MergeError(
+                f"{len(self.auxiliaries)} customers' rows need weights of their own; leave them unmerged, merge one "
+                "customer at a time, or use mode joint or collaboration"
+            )
+        return self._sums[0]
 
 
 class Joint(Mode):
@@ -65,37 +97,41 @@ class Joint(Mode):
     needs_rows = False
 
     def __init__(self, auxiliary: Auxiliary) -> None:
-        super().__init__({JOINT: auxiliary})
+        super().__init__({JOINT: auxiliary}, {JOINT: [(1.0, auxiliary)]}, everywhere=True)
 
     def owner(self, customer: str | None) -> str | None:
         return JOINT
 
-    def delta(self, site: str, x: Tensor, groups: RowGroups | None) -> Tensor | None:
-        return _delta(self.auxiliaries[JOINT], site, x)
 
-    def summands(self) -> list[tuple[float, Auxiliary]]:
-        return [(1.0, self.auxiliaries[JOINT])]
+class PerCustomer(Mode):
+    """Each customer's rows through a weighted sum of auxiliaries of its own choice, in one pass for all.
+
+    Args:
+        auxiliaries: by customer, the one that is fitted to its rows; several customers may have one in common.
+        through: by customer, what its rows go through: shares and auxiliaries, its own among them.
+
+    Raises:
+        GradientLearningError: the two are not of the same customers, or a customer's own is not among its sum.
+    """
+
+    def __init__(self, auxiliaries: Mapping[str, Auxiliary], through: Mapping[str, Summands]) -> None:
+        if through.keys() != auxiliaries.keys():
+            raise GradientLearningError(
+                f"sums are for {sorted(through)}, customers are {sorted(auxiliaries)}; give one for each"
+            )
+        for name, own in auxiliaries.items():
+            if all(auxiliary is not own for _, auxiliary in through[name]):
+                raise GradientLearningError(
+                    f"the rows of {name} do not go through its own auxiliary; put it in its sum"
+                )
+        super().__init__(auxiliaries, through)
 
 
-class Alone(Mode):
+class Alone(PerCustomer):
     """Each customer's rows through its own auxiliary, fitted to them alone."""
 
-    def delta(self, site: str, x: Tensor, groups: RowGroups | None) -> Tensor | None:
-        assert groups is not None, "the taps ask for rows"
-        outputs: list[Tensor | None] = []
-        parts = groups.split(x)
-        for adapter, part in zip(groups.adapters, parts, strict=True):
-            auxiliary = self.auxiliaries[self.names[adapter - 1]] if adapter else None
-            outputs.append(None if auxiliary is None else _delta(auxiliary, site, part))
-        return _joined(outputs, parts, groups)
-
-    def summands(self) -> list[tuple[float, Auxiliary]]:
-        if len(self.auxiliaries) > 1:
-            raise MergeError(
-                f"mode alone has {len(self.auxiliaries)} customers, whose rows need weights of their own; leave them "
-                "unmerged, merge one customer at a time, or use mode joint or collaboration"
-            )
-        return [(1.0, self.auxiliaries[self.names[0]])]
+    def __init__(self, auxiliaries: Mapping[str, Auxiliary]) -> None:
+        super().__init__(auxiliaries, {name: [(1.0, auxiliary)] for name, auxiliary in auxiliaries.items()})
 
 
 class Collaboration(Mode):
@@ -109,46 +145,13 @@ class Collaboration(Mode):
     """
 
     def __init__(self, auxiliaries: Mapping[str, Auxiliary], weights: Mapping[str, float] | None = None) -> None:
-        super().__init__(auxiliaries)
-        given = dict.fromkeys(auxiliaries, 1 / len(auxiliaries)) if weights is None else dict(weights)
-        if given.keys() != self.auxiliaries.keys():
+        given = {name: 1 / len(auxiliaries) for name in auxiliaries} if weights is None else dict(weights)
+        if given.keys() != auxiliaries.keys():
             raise GradientLearningError(
-                f"weights are for {sorted(given)}, customers are {self.names}; give one for each"
+                f"weights are for {sorted(given)}, customers are {sorted(auxiliaries)}; give one for each"
             )
         if not torch.tensor(list(given.values()), dtype=torch.float64).isfinite().all():
             raise GradientLearningError(f"weights are {given}; give finite numbers")
         self.weights = given
-
-    def share(self, owner: str) -> float:
-        return self.weights[owner]
-
-    def delta(self, site: str, x: Tensor, groups: RowGroups | None) -> Tensor | None:
-        total: Tensor | None = None
-        for weight, auxiliary in self.summands():
-            found = _delta(auxiliary, site, x)
-            if found is not None:
-                total = weight * found if total is None else total + weight * found
-        return total
-
-    def summands(self) -> list[tuple[float, Auxiliary]]:
-        return [(self.weights[name], self.auxiliaries[name]) for name in self.names]
-
-
-def _delta(auxiliary: Auxiliary, site: str, x: Tensor) -> Tensor | None:
-    if site not in auxiliary.sites:
-        return None
-    parts = {part: tensor.detach() for part, tensor in auxiliary.parts(site).items()}
-    return auxiliary.delta(site, x, parts)
-
-
-def _joined(outputs: Sequence[Tensor | None], parts: Sequence[Tensor], groups: RowGroups) -> Tensor | None:
-    """Rows where they were; zeros in those that have nothing."""
-    some = next((output for output in outputs if output is not None), None)
-    if some is None:
-        return None
-    return groups.join(
-        [
-            some.new_zeros(part.shape[0], *some.shape[1:]) if output is None else output.to(some.dtype)
-            for output, part in zip(outputs, parts, strict=True)
-        ]
-    )
+        total = [(given[name], auxiliaries[name]) for name in sorted(auxiliaries)]
+        super().__init__(auxiliaries, dict.fromkeys(auxiliaries, total), everywhere=True)

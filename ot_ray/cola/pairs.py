@@ -6,14 +6,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ot_ray.cola.modes import Mode
+from ot_ray.cola.products import RowSums
 from ot_ray.cola.sites import Site
 from ot_ray.errors import GradientLearningError
-from ot_ray.model.multi_adapter import RowGroups, group_rows
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,10 @@ class Pair:
 
 
 class Batch:
-    """The rows of one forward and backward pass, and what they leave behind. `Taps.batch` makes it."""
+    """The rows of one forward and backward pass, and what they leave behind. `Taps.batch` makes it.
+
+    A site's x and g are kept whole, sorted by owner and without padding; they are cut up once, at the end.
+    """
 
     def __init__(
         self,
@@ -36,25 +40,23 @@ class Batch:
         device: torch.device | None,
     ) -> None:
         self._mode, self._sites, self._transfer = mode, sites, Transfer(device)
-        self._found: dict[str, dict[str, list[Pair]]] = {}
-        self._last: tuple[Tensor, dict[str, Tensor]] | None = None
-        self._numbers: dict[str | None, int] = {None: 0} | {name: i + 1 for i, name in enumerate(mode.names)}
-        owners = _owners(mode, rows, mask)
-        self.rows = None if owners is None else len(owners)
+        self._owners = _owners(mode, rows, mask)
+        self.rows = None if self._owners is None else len(self._owners)
         self._mask = None if mask is None else mask.detach().to("cpu", torch.bool)
-        self._owners = owners
-        self._places: dict[torch.device, tuple[RowGroups, dict[str, Tensor], dict[str, Tensor]]] = {}
-
-    @property
-    def customers(self) -> list[str]:
+        # In the order of their rows, so that rows that stand together need no sorting.
+        here = mode.names if self._owners is None else dict.fromkeys(self._owners)
+        self.customers: list[str] = [name for name in here if name is not None]
         """Those who have rows here, under the names of their pairs."""
-        if self._owners is None:
-            return list(self._mode.names)
-        return [name for name in self._mode.names if name in self._owners]
+        self._found: dict[str, list[_Kept]] = {}
+        self._last: tuple[Tensor, dict[tuple[str, tuple[str, ...]], Tensor]] | None = None
+        self._sums: dict[torch.device, RowSums | None] = {}
+        self._orders: dict[tuple[tuple[str, ...], bool, torch.device], _Order] = {}
 
-    def groups(self, device: torch.device) -> RowGroups | None:
-        """Rows by owner; None where nobody said whose they are, which mode joint does not need."""
-        return None if self._owners is None else self._located(device)[0]
+    def sums(self, device: torch.device) -> RowSums | None:
+        """Which sum of auxiliaries each row goes through; None where all go through the same."""
+        if device not in self._sums:
+            self._sums[device] = None if self._owners is None else self._mode.rows(self._owners, device)
+        return self._sums[device]
 
     def check(self, site: str, x: Tensor) -> None:
         """Refuse what a site is called with where its rows are not to be told apart.
@@ -70,19 +72,18 @@ class Batch:
 
     def add(self, site: str, x: Tensor, g: Tensor) -> None:
         """Keep what the backward pass brings to a site; both as the module has them, rows first."""
+        owners = tuple(name for name in self.customers if site in self._mode.auxiliaries[name].sites)
+        if not owners:
+            return
         found = self._sites[site]
-        for owner in self.customers:
-            if site not in self._mode.auxiliaries[owner].sites:
-                continue
-            share = self._mode.share(owner)
-            own = self._own(found, site, owner, g, 1)
-            pair = Pair(
-                self._own_input(found, site, owner, x), self._transfer.send(own if share == 1.0 else own * share)
-            )
-            self._found.setdefault(owner, {}).setdefault(site, []).append(pair)
+        kept, sizes = self._cut(found, owners, g, 1)
+        sent = self._transfer.send(self._weighed(kept, owners, sizes))
+        self._found.setdefault(site, []).append(_Kept(self._input(found, owners, x), sent, owners, sizes))
 
     def pairs(self) -> dict[str, dict[str, Pair]]:
         """By customer and site, once the backward pass is through; waits until they are where they are to be fitted.
+
+        Sites that saw one and the same x share its tensor. Those of a site are views of one tensor for all customers.
 
         Raises:
             GradientLearningError: no gradient came to a site.
@@ -90,12 +91,7 @@ class Batch:
         self._transfer.wait()
         self._last = None
         missing = sorted(
-            {
-                site
-                for owner in self.customers
-                for site in self._mode.auxiliaries[owner].sites
-                if site not in self._found.get(owner, {})
-            }
+            {site for owner in self.customers for site in self._mode.auxiliaries[owner].sites} - {*self._found}
         )
         if missing:
             raise GradientLearningError(
@@ -103,57 +99,103 @@ class Batch:
                 "run loss.backward() inside the batch, with gradients enabled, and choose sites whose output reaches "
                 "the loss (checkpointing with use_reentrant=True needs an input that has a gradient)"
             )
-        return {owner: {site: _joined(pairs) for site, pairs in sites.items()} for owner, sites in self._found.items()}
+        inputs: dict[int, tuple[Tensor, ...]] = {}
+        pairs: dict[str, dict[str, list[Pair]]] = {}
+        for site, kept in self._found.items():
+            for part in kept:
+                if id(part.x) not in inputs:
+                    inputs[id(part.x)] = part.x.split(part.sizes)
+                for owner, x, g in zip(part.owners, inputs[id(part.x)], part.g.split(part.sizes), strict=True):
+                    pairs.setdefault(owner, {}).setdefault(site, []).append(Pair(x, g))
+        return {owner: {site: _joined(found) for site, found in sites.items()} for owner, sites in pairs.items()}
 
-    def _own_input(self, found: Site, site: str, owner: str, x: Tensor) -> Tensor:
-        # Query, key and value see one and the same x, one after the other; it is cut out and sent once.
+    def _input(self, found: Site, owners: tuple[str, ...], x: Tensor) -> Tensor:
+        # Query, key and value see one and the same x, one after the other; it is kept and sent once.
         if self._last is None or not _same(self._last[0], x):
             self._last = (x, {})
-        sent = self._last[1]
-        key = f"{found.layout} {owner}"
+        sent, key = self._last[1], (found.layout, owners)
         if key not in sent:
-            sent[key] = self._transfer.send(self._own(found, site, owner, x, 0 if found.layout == "embedding" else 1))
+            kept, _ = self._cut(found, owners, x, 0 if found.layout == "embedding" else 1)
+            sent[key] = self._transfer.send(kept)
         return sent[key]
 
-    def _own(self, found: Site, site: str, owner: str, tensor: Tensor, features: int) -> Tensor:
-        """The owner's part of a tensor, without padding: [N, ...]. `features` is the number of last axes that stay."""
-        if found.layout == "conv":
-            return tensor if self._owners is None else tensor[self._located(tensor.device)[1][owner]]
+    def _weighed(self, g: Tensor, owners: tuple[str, ...], sizes: list[int]) -> Tensor:
+        shares = [self._mode.share(owner) for owner in owners]
+        if len({*shares}) == 1:
+            return g if shares[0] == 1.0 else g * shares[0]
+        precise = torch.promote_types(g.dtype, torch.float32)
+        each = torch.tensor(shares, dtype=precise).repeat_interleave(torch.tensor(sizes)).to(g.device)
+        return (g * each.reshape(-1, *[1] * (g.dim() - 1))).to(g.dtype)
+
+    def _cut(self, found: Site, owners: tuple[str, ...], tensor: Tensor, features: int) -> tuple[Tensor, list[int]]:
+        """What owners have of a tensor, [N, ...] without padding and one after another, and how much each has.
+        `features` is the number of last axes that stay."""
+        tensor = tensor.detach()
         kept = tensor.shape[tensor.dim() - features :]
         if self._owners is None:
-            return tensor.reshape(-1, *kept)
-        self.check(site, tensor)
+            flat = (tensor if found.layout == "conv" else tensor.reshape(-1, *kept)).contiguous()
+            return flat, [flat.shape[0]]
+        if found.layout == "conv":
+            order = self._order(owners, False, tensor.device)
+            return order.of(tensor), order.sizes
+        self.check(found.name, tensor)
         assert self.rows is not None
         rows = tensor.unflatten(0, (self.rows, -1)) if tensor.shape[0] != self.rows else tensor
-        _, by_row, by_position = self._located(tensor.device)
         if self._mask is None or rows.dim() == 1 + features:
-            return rows[by_row[owner]].reshape(-1, *kept)
+            order = self._order(owners, False, tensor.device)
+            flat = order.of(rows).reshape(-1, *kept).contiguous()
+            each = flat.shape[0] // max(1, sum(order.sizes))
+            return flat, [size * each for size in order.sizes]
         if rows.shape[1] != self._mask.shape[1]:
             raise GradientLearningError(
-                f"site {site} sees {rows.shape[1]} positions, the mask has {self._mask.shape[1]}; choose sites that "
-                "see the positions of the mask"
+                f"site {found.name} sees {rows.shape[1]} positions, the mask has {self._mask.shape[1]}; choose sites "
+                "that see the positions of the mask"
             )
-        return rows.flatten(0, 1)[by_position[owner]].reshape(-1, *kept)
+        order = self._order(owners, True, tensor.device)
+        return order.of(rows.flatten(0, 1)).reshape(-1, *kept).contiguous(), order.sizes
 
-    def _located(self, device: torch.device) -> tuple[RowGroups, dict[str, Tensor], dict[str, Tensor]]:
-        """Groups, rows by owner and positions by owner (of the flattened [B * T]), on a device."""
-        if device not in self._places:
+    def _order(self, owners: tuple[str, ...], by_position: bool, device: torch.device) -> _Order:
+        key = (owners, by_position, device)
+        if key not in self._orders:
             assert self._owners is not None
-            by_row = {
-                owner: torch.tensor([i for i, name in enumerate(self._owners) if name == owner], dtype=torch.int64)
-                for owner in self.customers
-            }
-            by_position = {
-                owner: torch.cat([row * self._mask.shape[1] + self._mask[row].nonzero()[:, 0] for row in rows])
-                for owner, rows in by_row.items()
-                if self._mask is not None
-            }
-            self._places[device] = (
-                group_rows([self._numbers[name] for name in self._owners], device),
-                {owner: rows.to(device) for owner, rows in by_row.items()},
-                {owner: positions.to(device) for owner, positions in by_position.items()},
-            )
-        return self._places[device]
+            self._orders[key] = _sorted(self._owners, owners, self._mask if by_position else None, device)
+        return self._orders[key]
+
+
+class _Kept(NamedTuple):
+    """What one backward pass brought to a site, of its owners one after another."""
+
+    x: Tensor
+    g: Tensor
+    owners: tuple[str, ...]
+    sizes: list[int]
+
+
+class _Order(NamedTuple):
+    """Rows, or positions of the flattened rows, of owners one after another."""
+
+    sizes: list[int]
+    """How many each owner has."""
+    places: Tensor | None
+    """Int64: which; None where these are all, in order."""
+
+    def of(self, tensor: Tensor) -> Tensor:
+        return tensor.contiguous() if self.places is None else tensor[self.places]
+
+
+def _sorted(
+    all_owners: Sequence[str | None], owners: Sequence[str], mask: Tensor | None, device: torch.device
+) -> _Order:
+    rows = [[row for row, name in enumerate(all_owners) if name == owner] for owner in owners]
+    places = torch.tensor([row for own in rows for row in own], dtype=torch.int64)
+    sizes, count = [len(own) for own in rows], len(all_owners)
+    if mask is not None:
+        kept = mask[places]
+        sizes = [int(part.sum()) for part in kept.split(sizes)]
+        count = mask.numel()
+        places = torch.arange(count).view(mask.shape)[places][kept]
+    same = len(places) == count and bool((places == torch.arange(count)).all())
+    return _Order(sizes, None if same else places.to(device))
 
 
 class Transfer:

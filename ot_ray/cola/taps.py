@@ -27,6 +27,7 @@ class Taps:
     constants of the server's graph, whose one leaf is a scalar of this class's own; a site keeps its x until the
     backward pass comes there, which is where x and g are captured. Gradient checkpointing keeps no x and works with
     the same result; its `use_reentrant=True` does where the first of its inputs has a gradient.
+    Auxiliaries are read on both ways, and copied for neither; one that is fitted in between is refused.
 
     Rows do not see each other in any sound base model but those with batch norm in training mode, which are refused
     where there are several customers. Dropout draws for the whole batch, so that customers' rows are what they would
@@ -54,8 +55,10 @@ class Taps:
         self._device = None if device is None else torch.device(device)
         self._modules = {name: _module(model, name) for name in self._sites}
         for customer, auxiliary in mode.auxiliaries.items():
-            if unknown := [name for name in auxiliary.sites if self._sites.get(name) != auxiliary.sites[name]]:
-                raise SiteError(f"the auxiliary of {customer!r} has site {unknown[0]}, which is not tapped; tap it too")
+            for name, site in auxiliary.sites.items():
+                # The same object mostly; comparing many customers' field by field would take as long as their products.
+                if (own := self._sites.get(name)) is not site and own != site:
+                    raise SiteError(f"the auxiliary of {customer!r} has site {name}, which is not tapped; tap it too")
         if merged:
             mode.summands()
         self._batch_norms = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
@@ -91,8 +94,9 @@ class Taps:
             rows: the customer of each of the B rows; None for the base model's own, which nobody fits. Mode joint does
                 without.
             mask: bool or integer [B, T], false at padding, which no auxiliary is fitted to; unset, nothing is padding.
-                The loss must not learn from padding either: on the left of a row, the last of it predicts the first
-                token, unless that label is masked (`customers_loss` does it). Convolutions see whole rows.
+                The loss must neither learn from padding nor learn it (`customers_loss` with the same mask does
+                neither): on the left of a row, the last of it predicts the first token; on the right, the last token
+                predicts it. Convolutions see whole rows.
 
         Raises:
             GradientLearningError: an unknown customer; rows that are needed, but missing; a batch norm in training
@@ -120,7 +124,7 @@ class Taps:
         if batch is not None:
             batch.check(site, x)
         if not self._merged:
-            delta = self._mode.delta(site, x, None if batch is None else batch.groups(x.device))
+            delta = self._mode.delta(site, x, None if batch is None else batch.sums(x.device))
             if delta is not None:
                 output = output + delta.reshape(output.shape).to(output.dtype)
         if batch is None or not torch.is_grad_enabled():

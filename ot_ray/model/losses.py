@@ -73,7 +73,13 @@ class LanguageHead(nn.Module):
         self._tokens = tokens
 
     def forward(
-        self, hidden_BTD: torch.Tensor, labels_BT: torch.Tensor, *, summed: bool = False, accuracy: bool = False
+        self,
+        hidden_BTD: torch.Tensor,
+        labels_BT: torch.Tensor,
+        *,
+        summed: bool = False,
+        accuracy: bool = False,
+        shares_BT: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Cross-entropy of predicting each label from the position before it.
 
@@ -83,21 +89,28 @@ class LanguageHead(nn.Module):
             summed: the sum over all learnt positions instead.
             accuracy: return a second scalar beside it: how often the likeliest token is the label, counted just as
                 the loss is (summed: how many are).
+            shares_BT: float32, what each label's cross-entropy is multiplied by in a sum over all; the first column
+                is not read. A second result beside the sum is then the cross-entropy of each label as it is, float32
+                [B, T], without gradient, 0 where nothing is learnt.
 
         Returns:
             The mean over rows of each row's mean, a float32 scalar; a row with nothing to learn counts 0.
         """
         targets = labels_BT[:, 1:]
         wanted = targets != IGNORED
-        shares = wanted.float()
-        if not summed:
+        shares = wanted.float() if shares_BT is None else shares_BT[:, 1:]
+        if not summed and shares_BT is None:
             shares = shares / wanted.sum(1, keepdim=True).clamp_min(1) / labels_BT.shape[0]
         hidden_ND, targets_N, shares_N = hidden_BTD[:, :-1][wanted], targets[wanted], shares[wanted]
         parameters = (self.weight,) if self.bias is None else (self.weight, self.bias)
         learns = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_ND, *parameters))
-        loss, right = _ChunkedCrossEntropy.apply(
+        loss, right, each_N = _ChunkedCrossEntropy.apply(
             hidden_ND, self.weight, self.bias, targets_N, shares_N, self._cap, self._tokens, learns, accuracy
         )
+        if shares_BT is not None:
+            each_BT = torch.zeros(labels_BT.shape, dtype=torch.float32, device=loss.device)
+            each_BT[:, 1:][wanted] = each_N
+            return loss, each_BT
         return (loss, right) if accuracy else loss
 
 
@@ -117,7 +130,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         tokens: int,
         learns: bool,
         accuracy: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         device = hidden_ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
         head = _Head(weight_VD.to(dtype), bias_V.to(dtype) if bias_V is not None else None, cap)
@@ -128,13 +141,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         by_hidden = torch.empty_like(hidden_ND) if wanted[0] else None
         by_weight = by_bias = None
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
-        right = torch.zeros_like(total)
+        right, each = torch.zeros_like(total), torch.zeros_like(shares_N)
         with torch.autocast(device, enabled=False):
             for start in range(0, hidden_ND.shape[0], tokens):
                 part = slice(start, start + tokens)
                 hidden, shares = hidden_ND[part].to(dtype), shares_N[part]
-                loss, hits, by_logits = head.loss(hidden, targets_N[part, None], shares, learns, accuracy)
-                total += loss
+                each[part], hits, by_logits = head.loss(hidden, targets_N[part, None], shares, learns, accuracy)
+                total += (each[part] * shares).sum()
                 right += hits
                 if by_hidden is not None and by_logits is not None:
                     by_hidden[part] = by_logits @ head.weight
@@ -147,13 +160,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             by_bias = torch.zeros_like(bias_V) if wanted[2] and bias_V is not None else None
         # Not saved as tensors of the graph: backward scales them where they are, as a copy of the head would be large.
         ctx.gradients = by_hidden, by_weight, by_bias
-        ctx.mark_non_differentiable(right)
-        return total, right
+        ctx.mark_non_differentiable(right, each)
+        return total, right, each
 
     @staticmethod
     @once_differentiable
     def backward(  # type: ignore[override]
-        ctx: Any, by_total: torch.Tensor, by_right: torch.Tensor
+        ctx: Any, by_total: torch.Tensor, by_right: torch.Tensor, by_each: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         assert gradients is not None, "the graph of this loss has been walked before"
@@ -175,20 +188,20 @@ class _Head(NamedTuple):
     def loss(
         self, hidden_CD: torch.Tensor, targets_C1: torch.Tensor, shares_C: torch.Tensor, learns: bool, accuracy: bool
     ) -> tuple[torch.Tensor, torch.Tensor | float, torch.Tensor | None]:
-        """The weighted loss of one chunk, the weighted number of labels that are likeliest (0 unless asked for), and
-        the loss's gradient by the logits, [C, V] in the products' type."""
+        """The cross-entropy of each label of one chunk, the weighted number of labels that are likeliest (0 unless
+        asked for), and the gradient of the weighted sum by the logits, [C, V] in the products' type."""
         logits = F.linear(hidden_CD, self.weight, self.bias)
         # A cap keeps the order, so that the likeliest is so without it.
         hits = (shares_C * (logits.argmax(-1) == targets_C1.squeeze(1))).sum() if accuracy else 0.0
         slope = _slope(logits, self.cap) if learns else None
         logs = torch.log_softmax(_capped(logits, self.cap), dim=-1, dtype=torch.float32)
         del logits
-        loss = -(logs.gather(1, targets_C1).squeeze(1) * shares_C).sum()
+        each = -logs.gather(1, targets_C1).squeeze(1)
         if not learns:
-            return loss, hits, None
+            return each, hits, None
         by_logits = _minus_one(logs.exp_(), targets_C1)
         by_logits = by_logits.mul_(slope) if slope is not None else by_logits
-        return loss, hits, by_logits.mul_(shares_C[:, None]).to(hidden_CD.dtype)
+        return each, hits, by_logits.mul_(shares_C[:, None]).to(hidden_CD.dtype)
 
 
 def _capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:

@@ -136,8 +136,9 @@ def test_other_sites_and_shapes_are_refused() -> None:
     assert snapshot(fitter) == before
 
 
-def test_customers_without_a_position_have_no_gradient() -> None:
-    fitter = Fitter(auxiliary("mlp"), lambda tensors: torch.optim.SGD(tensors, lr=1.0))
+@pytest.mark.parametrize("kind", ["low_rank", "linear", "mlp"])
+def test_customers_without_a_position_have_no_gradient(kind: str) -> None:
+    fitter = Fitter(auxiliary(kind), lambda tensors: torch.optim.SGD(tensors, lr=1.0))
     before = fitter.auxiliary.copy()
     assert fitter.collect(pairs(0, size=0))
     assert all(torch.equal(tensor, before.tensors[name]) for name, tensor in fitter.auxiliary.tensors.items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -89,6 +90,17 @@ def test_merged_customers_cost_no_memory() -> None:
             rows = [CUSTOMERS[row % count] for row in range(len(CUSTOMERS))]
             found.append(saved_bytes(model, Taps(model, sites, ours, merged=True), rows, ids))
     assert found[0] == found[1] > 0
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "linear", "mlp"])
+def test_customers_of_their_own_cost_a_pass_no_memory(kind: str) -> None:
+    model, ids = net(TextNet), inputs(TextNet, len(CUSTOMERS))
+    sites = find_sites(model, TextNet.patterns)
+    found = set()
+    for count in (1, 4, 8):
+        ours, mixed = Alone(auxiliaries(model, kind, CUSTOMERS[:count])), [CUSTOMERS[row % count] for row in range(8)]
+        found |= {saved_bytes(model, Taps(model, sites, ours), rows, ids) for rows in (mixed, sorted(mixed))}
+    assert len(found) == 1 and min(found) > 0
 
 
 def test_low_rank_auxiliaries_keep_nothing_of_a_pass_but_x() -> None:

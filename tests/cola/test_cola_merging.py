@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ot_ray.cola import Auxiliary, AuxiliaryConfig, Joint, Merging, Taps, dequantize, find_sites
+from ot_ray.cola import Auxiliary, AuxiliaryConfig, Joint, Merging, Taps, dequantize, find_sites, weight_delta
 from ot_ray.errors import MergeError, NotFiniteError, SiteError
 from ot_ray.model import PackedFormat, PackedLinear
 from tests.cola.inside import ImageNet, TextNet, inputs, net
@@ -38,6 +38,29 @@ def test_merged_is_unmerged_at_every_type_of_site(net_class: type[nn.Module], ki
             merging.merge([])
             assert torch.equal(model(given), base)
     assert (unmerged - base).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("net_class", [TextNet, ImageNet])
+def test_many_merge_as_one_after_another(net_class: type[nn.Module]) -> None:
+    model = net(net_class)
+    sites = find_sites(model, net_class.patterns)
+    few = dict(list(sites.items())[1:])
+    kinds = [("low_rank", 2, sites), ("linear", 1, sites), ("low_rank", 5, few), ("low_rank", 3, sites)]
+    summands = [
+        (
+            0.3 * (place - 1.5),
+            stirred(Auxiliary(there, AuxiliaryConfig(kind=kind, rank=rank), dtype=torch.float64), place),
+        )
+        for place, (kind, rank, there) in enumerate(kinds)
+    ]
+    wanted = {name: model.get_parameter(f"{name}.weight").detach().clone() for name in sites}
+    for share, auxiliary in summands:
+        for name in auxiliary.sites:
+            wanted[name] += share * weight_delta(auxiliary, name).reshape(wanted[name].shape)
+    with Merging(model, sites) as merging:
+        merging.merge(summands)
+        for name, weight in wanted.items():
+            torch.testing.assert_close(model.get_parameter(f"{name}.weight").detach(), weight, rtol=1e-12, atol=1e-12)
 
 
 def test_ten_thousand_intervals_in_bf16_do_not_drift() -> None:

@@ -159,7 +159,7 @@ def test_modes_refuse_what_does_not_fit() -> None:
         Collaboration(ours, {"ada": 1.0})
     with pytest.raises(GradientLearningError, match="finite"):
         Collaboration(ours, {"ada": 1.0, "bob": float("nan")})
-    with pytest.raises(MergeError, match="mode alone has 2 customers"):
+    with pytest.raises(MergeError, match="2 customers' rows need weights of their own"):
         Taps(net(TextNet), sites, Alone(ours), merged=True)
     assert Alone({"ada": ours["ada"]}).summands() == [(1.0, ours["ada"])]
 
