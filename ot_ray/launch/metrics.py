@@ -16,6 +16,9 @@ GAUGES = {
     "tokens_per_s": "Tokens a second, all workers together.",
     "images_per_s": "Images a second, all workers together.",
     "data_wait_share": "Share of the step in which the worker waited for data, 0 to 1.",
+    "fit_wait_share": "Share of the step in which the base model waited for auxiliaries' fits, 0 to 1.",
+    "fits": "Steps of auxiliaries' optimisers, of all customers.",
+    "refused": "Batches of gradients that were left out because they were not finite.",
     "mfu": "Model FLOPs utilisation, 0 to 1.",
     "seconds_left": "Seconds expected until the run is done.",
 }

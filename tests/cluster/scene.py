@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_PATIENCE_S = 150.0
+_PATIENCE_S = 280.0
 """For each part of a scene; together they take less than test_faults.py waits."""
 
 
