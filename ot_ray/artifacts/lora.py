@@ -17,7 +17,7 @@ from ot_ray.model import FAMILIES
 LORA_CONFIG = "adapter_config.json"
 LORA_WEIGHTS = "adapter_model.safetensors"
 
-_PEFT_PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 
 ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+){0,7}$", max_length=128)]
 Empty = Annotated[dict[str, Any], Field(max_length=0)]
@@ -165,7 +165,7 @@ def _linear_weights(bundle: BundleManifest) -> Iterator[tuple[str, tuple[int, in
 
 
 def _lora_name(weight: str, factor: Literal["A", "B"]) -> str:
-    return f"{_PEFT_PREFIX}{weight.removesuffix('weight')}lora_{factor}.weight"
+    return f"{PEFT_PREFIX}{weight.removesuffix('weight')}lora_{factor}.weight"
 
 
 def _matches(module: str, targets: Sequence[str]) -> bool:

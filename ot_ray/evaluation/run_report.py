@@ -1,10 +1,9 @@
 """The page that a distillation run leaves: verdict, emulator gap, cost, curves and configuration.
 
-One HTML file without scripts that needs nothing else; the curves are run_chart.py's."""
+How a page looks is html_page.py's, the curves are run_chart.py's."""
 
 from __future__ import annotations
 
-import base64
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -13,18 +12,8 @@ from html import escape
 from typing import Any
 
 from ot_ray.evaluation.gate import Verdict
+from ot_ray.evaluation.html_page import flat, page, picture, table
 from ot_ray.evaluation.run_chart import PERPLEXITIES, Row, draw_run, resumed_at
-
-_STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-table { border-collapse: collapse; } td, th { padding: .2rem 1.2rem .2rem 0; text-align: left; vertical-align: top; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
-td.value { font-family: ui-monospace, monospace; font-size: .85rem; overflow-wrap: anywhere; }
-img { width: 100%; height: auto; } .verdict { padding: .6rem 1rem; border-left: .3rem solid; }
-.passed { border-color: #2f8f4e; background: #eef8f1; } .failed { border-color: #b8461f; background: #fbf0ec; }
-ul { margin: .3rem 0; }
-"""
 
 
 @dataclass(frozen=True)
@@ -73,24 +62,19 @@ class RunReport:
 
     def page(self, chart: bytes) -> str:
         """The page, with the chart in it."""
-        picture = base64.b64encode(chart).decode("ascii")
-        return "\n".join(
+        return page(
+            self.title,
             [
-                "<!doctype html>",
-                f'<html lang="en"><head><meta charset="utf-8"><title>{escape(self.title)}</title>',
-                f"<style>{_STYLE}</style></head><body>",
-                f"<h1>{escape(self.title)}</h1>",
                 _verdict(self.verdict),
                 "<h2>Emulator gap</h2>",
                 _gap(self.perplexity),
                 "<h2>The run</h2>",
-                _table(self._figures()),
+                table(self._figures()),
                 "<h2>Curves</h2>",
-                f'<img alt="losses, learning rate, speed and waiting by step" src="data:image/png;base64,{picture}">',
+                picture(chart, "losses, learning rate, speed and waiting by step"),
                 "<h2>Configuration</h2>",
-                _table(_flat(self.config), "value"),
-                "</body></html>\n",
-            ]
+                table(flat(self.config), "value"),
+            ],
         )
 
     def _figures(self) -> list[tuple[str, str]]:
@@ -133,24 +117,9 @@ def _gap(found: Mapping[str, float]) -> str:
     if not found:
         return "<p>Not measured: no held-out data was given.</p>"
     rows = [(PERPLEXITIES.get(name, name), f"{value:.4g}") for name, value in found.items()]
-    return "<p>Perplexity on held-out data:</p>" + _table(rows)
+    return "<p>Perplexity on held-out data:</p>" + table(rows)
 
 
 def _interruptions(history: Sequence[Row]) -> str:
     steps = resumed_at(history)
     return f"{len(steps)}, resumed at step {', '.join(map(str, steps))}" if steps else "none"
-
-
-def _table(rows: Sequence[tuple[str, str]], kind: str = "number") -> str:
-    cells = (f'<tr><td>{escape(name)}</td><td class="{kind}">{escape(value)}</td></tr>' for name, value in rows)
-    return f"<table>{''.join(cells)}</table>"
-
-
-def _flat(values: Mapping[str, Any], path: str = "") -> list[tuple[str, str]]:
-    found: list[tuple[str, str]] = []
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            found += _flat(value, f"{path}{name}.")
-        else:
-            found.append((f"{path}{name}", "" if value is None else str(value)))
-    return found
