@@ -13,8 +13,9 @@ from jobs.evaluation.places import reachable_model
 from jobs.limits import require_folder, require_text
 from jobs.studies.config import StudyConfig
 from jobs.studies.gathering import read_other, study_of
+from jobs.studies.keeping import kept_result
 from jobs.studies.parts import Parts, RowParts
-from jobs.studies.running import kept_result, run_rows
+from jobs.studies.running import run_rows
 from jobs.studies.texts import read_texts
 from jobs.studies.work import Result, Texts
 from ot_ray.artifacts import open_model_source

@@ -4,7 +4,6 @@ What a part is and when two are the same is parts.py's."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -13,9 +12,9 @@ import torch
 
 from jobs.command import quiet_libraries
 from jobs.studies.config import PartWorkers
+from jobs.studies.keeping import keep_result, kept_result
 from jobs.studies.parts import Part, RowParts
 from jobs.studies.work import Result, Texts
-from ot_ray.errors import NotFoundError
 from ot_ray.launch.pieces import Piece, run_pieces
 from ot_ray.progress import Progress
 from ot_ray.store import Store, open_store
@@ -44,15 +43,6 @@ def run_rows(rows: Iterable[RowParts], texts: Texts, store: Store, workers: Part
     return results | {key: {"failed": reason} for key, reason in failed.items()}
 
 
-def kept_result(store: Store, key: str) -> Result | None:
-    """What was computed under a key before; None where nothing was, or where it cannot be read."""
-    try:
-        found = json.loads(store.read(key))
-    except (NotFoundError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
 def compute_part(part: Part, texts: Texts, store: Store, needed: RowParts | None = None, threads: int = 1) -> Result:
     """Compute a part in this process and keep its result.
 
@@ -71,7 +61,7 @@ def compute_part(part: Part, texts: Texts, store: Store, needed: RowParts | None
         inputs.append(needed.emulator.work)
     result = part.work.compute(texts, *inputs)
     result["seconds"] = round(time.monotonic() - start, 1)
-    store.write(part.key, (json.dumps(result, indent=2) + "\n").encode())
+    keep_result(store, part.key, result)
     return result
 
 

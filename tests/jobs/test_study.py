@@ -20,8 +20,9 @@ import torch
 from transformers import PreTrainedModel
 
 from jobs.studies.config import Axes, Change, Row, StudyConfig
+from jobs.studies.keeping import kept_result
 from jobs.studies.parts import Contents, Parts, RowParts
-from jobs.studies.running import compute_part, kept_result
+from jobs.studies.running import compute_part
 from jobs.studies.texts import read_texts, set_apart
 from jobs.studies.work import Texts
 from jobs.study import run
