@@ -9,11 +9,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jobs.benchmarks import distill, efficiency, serving
+from jobs.benchmarks import cola, distill, efficiency, serving
 from jobs.command import run_command
 from ot_ray.config import Config
 
 BENCHMARKS: dict[str, tuple[type[Config], Callable[[Any], dict[str, Any]]]] = {
+    "cola": (cola.ColaBenchmark, cola.run),
     "distill": (distill.DistillBenchmark, distill.run),
     "efficiency": (efficiency.EfficiencyBenchmark, efficiency.run),
     "serve": (serving.ServingBenchmark, serving.run),

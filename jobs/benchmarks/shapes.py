@@ -61,9 +61,18 @@ _GPT2_XL = {
 _BLOOM_7B = {"hidden_size": 4096, "n_layer": 30, "n_head": 32, "vocab_size": 250880}
 _LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 
+_QUICKSTART = {**_opt(128, 10, 4, 2048), "max_position_embeddings": 512}
+_GPT2 = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+
 SHAPES: dict[str, Shape] = {
     "tiny": Shape(
         model_type="opt", values=_opt(32, 6, 4, 500), split=_split(1, 2, 1), batch_size=2, sequence_length=16
+    ),
+    "quickstart": Shape(
+        model_type="opt", values=_QUICKSTART, split=_split(2, 2, 2), batch_size=4, sequence_length=128
+    ),
+    "gpt2": Shape(
+        model_type="gpt2", values=_GPT2, split=_split(2, 4, 2), batch_size=16, sequence_length=512
     ),
     "opt-small": Shape(
         model_type="opt", values=_opt(512, 12, 8), split=_split(2, 4, 2), batch_size=8, sequence_length=256

@@ -92,7 +92,7 @@ def test_every_shape_can_be_split_as_it_says(name):
 
 def test_an_unknown_shape_or_setting_is_a_message():
     code, _, err = run("shapes=[opt-9b]")
-    assert code == 2 and "shapes names 'opt-9b'; use some of: tiny, opt-small" in err
+    assert code == 2 and "shapes names 'opt-9b'; use some of: tiny, quickstart" in err
     code, _, err = run("repeat=1")
     assert code == 2 and "unknown key repeat; did you mean repeats?" in err
 
