@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -24,6 +25,9 @@ from serve.routes import (
     completions,
     files,
     fine_tuning,
+    gradient_files,
+    gradient_operations,
+    gradients,
     health,
     keys,
     models,
@@ -31,6 +35,7 @@ from serve.routes import (
     offsite_adapters,
     webhooks,
 )
+from serve.routes.gradient_uploads import HEADER_ROOM
 from serve.routes.uploads import ROOM
 from serve.service import Service
 
@@ -39,6 +44,8 @@ _log = logging.getLogger(__name__)
 _FILES, _PIECES = re.compile(r"/v1/files"), re.compile(r"/v1/offsite/adapters/[^/]+/files/[^/]+")
 _OPEN = (models, completions, chat, health)
 _OF_TENANTS = (files, fine_tuning, offsite_adapters, offsite, webhooks, keys, audit)
+_GRADIENTS = (gradients, gradient_operations, gradient_files)
+_AUXILIARIES = re.compile(r"/v1/cola/sessions/[^/]+/auxiliary")
 
 
 def create_api(service: Service, *, answer_request_id: bool = True) -> FastAPI:
@@ -49,7 +56,7 @@ def create_api(service: Service, *, answer_request_id: bool = True) -> FastAPI:
     """
     api = FastAPI(title="Offsite tuning", docs_url=None, redoc_url=None)
     api.state.service = service
-    for resource in _OPEN if service.catalogue is None else (*_OPEN, *_OF_TENANTS):
+    for resource in _resources(service):
         api.include_router(resource.router)
     document(api, keys=service.catalogue is not None)
     api.add_exception_handler(RequestValidationError, _on_invalid)
@@ -60,9 +67,18 @@ def create_api(service: Service, *, answer_request_id: bool = True) -> FastAPI:
         Upload("POST", _FILES, settings.files.max_bytes + ROOM),
         Upload("PUT", _PIECES, settings.offsite.piece_bytes),
     ]
+    if settings.gradients is not None:
+        uploads.append(Upload("PUT", _AUXILIARIES, settings.gradients.max_auxiliary_bytes + HEADER_ROOM))
     api.add_middleware(BodyLimit, limit=settings.max_body_bytes, uploads=uploads, patience=settings.patience)
     api.add_middleware(RequestId, answer=answer_request_id)
     return api
+
+
+def _resources(service: Service) -> tuple[ModuleType, ...]:
+    if service.catalogue is None:
+        return _OPEN
+    of_tenants = (*_OPEN, *_OF_TENANTS)
+    return of_tenants if service.settings.gradients is None else (*of_tenants, *_GRADIENTS)
 
 
 def _answer(error: ApiError, headers: dict[str, str] | None = None) -> JSONResponse:

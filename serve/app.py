@@ -18,6 +18,7 @@ from serve.catalogue import Catalogue
 from serve.config import ServeConfig
 from serve.remote import Engine, RemoteBackend
 from serve.remote_controller import JobController
+from serve.remote_gradients import Gradients
 from serve.service import Service
 
 # The ingress only passes bytes on, so it takes all that the engines and their queue can hold.
@@ -31,11 +32,17 @@ class Api:
     """The HTTP side; Ray's proxy puts the request id on every answer.
 
     Args:
-        controller: of a service with a database; it takes no requests, and is here because an application deploys
-            what its ingress is bound to.
+        controller, gradients: of a service with a database; they take no requests, and are here because an application
+            deploys what its ingress is bound to.
     """
 
-    def __init__(self, config: ServeConfig, engine: DeploymentHandle, controller: DeploymentHandle | None) -> None:
+    def __init__(
+        self,
+        config: ServeConfig,
+        engine: DeploymentHandle,
+        controller: DeploymentHandle | None,
+        gradients: DeploymentHandle | None = None,
+    ) -> None:
         self._config, self._engine = config, engine
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -82,7 +89,7 @@ def build_app(args: dict[str, Any]) -> ray_serve.Application:
         graceful_shutdown_timeout_s=config.drain_s,
     )(Api)
     engines = engine.bind(config)
-    return api.bind(config, engines, _controller(config, engines))
+    return api.bind(config, engines, _controller(config, engines), _gradients(config))
 
 
 def _replicas(config: ServeConfig) -> dict[str, Any]:
@@ -112,3 +119,21 @@ def _controller(config: ServeConfig, engines: ray_serve.Application) -> ray_serv
         graceful_shutdown_timeout_s=10,
     )(JobController)
     return controller.bind(config, engines)
+
+
+def _gradients(config: ServeConfig) -> ray_serve.Application | None:
+    settings = config.gradients
+    if settings is None:
+        return None
+    gradients = ray_serve.deployment(
+        name="Gradients",
+        num_replicas=settings.replicas,
+        ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
+        health_check_period_s=_HEALTH_S,
+        health_check_timeout_s=60,
+        max_constructor_retry_count=1,
+        max_surge_percent=config.surge_percent,
+        # What is not over is begun anew by another replica.
+        graceful_shutdown_timeout_s=10,
+    )(Gradients)
+    return gradients.bind(config)

@@ -7,6 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from serve.catalogue.config import DatabaseConfig
 from serve.middleware import Patience
 from serve.settings.engine import EngineConfig
+from serve.settings.gradients import GradientsConfig
 from serve.settings.jobs import JobsConfig
 from serve.wire.files import FilesConfig
 from serve.wire.offsite import OffsiteConfig
@@ -29,6 +30,8 @@ class ServeConfig(EngineConfig):
     """Bundles that go out, adapters that come back."""
     webhooks: WebhookConfig = WebhookConfig()
     """Customers' addresses that are told of a job's end."""
+    gradients: GradientsConfig | None = None
+    """Gradient learning; null leaves it out. It needs a database."""
     max_body_bytes: int = Field(default=4 * 2**20, ge=1024)
     """Largest request body, in bytes, uploads aside."""
     patience: Patience = Patience()
@@ -79,6 +82,12 @@ class ServeConfig(EngineConfig):
             raise ValueError(
                 "store is on S3, but jobs.role_arn is not set, from which each job's credentials are made; set it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _gradient_learning_needs_a_database(self) -> ServeConfig:
+        if self.gradients is not None and self.database is None:
+            raise ValueError("gradients is set, but database is not, where its sessions are; set database")
         return self
 
     @model_validator(mode="after")

@@ -32,6 +32,7 @@ from serve.controller.webhooks import Deliverer
 from serve.engine.canary import CanaryReport
 from serve.failures import BusyError, DatabaseUnavailableError
 from serve.stored_files import sweep_files
+from serve.stored_gradients import sweep_gradients
 
 _log = logging.getLogger(__name__)
 _CANARY_S, _ACCEPT_S = 600.0, 1800.0
@@ -125,6 +126,7 @@ def build_controller(config: ServeConfig, engine: DeploymentHandle, opened: Exit
         },
         sweeps={
             "files": lambda: sweep_files(catalogue, store),
+            "gradients": lambda: sweep_gradients(catalogue, store),
             "uploads": returns.sweep,
             "deliveries": deliverer.sweep,
         },

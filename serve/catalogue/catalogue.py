@@ -20,6 +20,8 @@ from serve.catalogue.counts import Counts
 from serve.catalogue.database import Database
 from serve.catalogue.events import Events
 from serve.catalogue.files import Files
+from serve.catalogue.gradient_operations import GradientOperations
+from serve.catalogue.gradient_sessions import GradientSessions
 from serve.catalogue.idempotency import Idempotency
 from serve.catalogue.jobs import Jobs
 from serve.catalogue.keys import Keys
@@ -34,7 +36,8 @@ _PAUSE_S = 0.5
 
 
 class Catalogue:
-    """Tenants, keys, files, jobs, events, checkpoints, adapters, webhooks, counts, leases and the audit log.
+    """Tenants, keys, files, jobs, events, checkpoints, adapters, gradient learning, webhooks, counts, leases and the
+    audit log.
 
     Any number of threads and processes share one database; a forked process opens its own."""
 
@@ -48,6 +51,8 @@ class Catalogue:
         self.events = Events(database)
         self.checkpoints = Checkpoints(database)
         self.adapters = Adapters(database)
+        self.gradient_sessions = GradientSessions(database)
+        self.gradient_operations = GradientOperations(database)
         self.webhooks = Webhooks(database)
         self.idempotency = Idempotency(database)
         self.counts = Counts(database)

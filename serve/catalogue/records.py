@@ -16,14 +16,16 @@ from ot_ray.config import Config
 
 T = TypeVar("T")
 
-Scope = Literal["files", "jobs", "inference", "offsite", "admin"]
-SCOPES: tuple[Scope, ...] = ("files", "jobs", "inference", "offsite", "admin")
+Scope = Literal["files", "jobs", "inference", "offsite", "cola", "admin"]
+SCOPES: tuple[Scope, ...] = ("files", "jobs", "inference", "offsite", "cola", "admin")
 
 JobStatus = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 ENDED: frozenset[JobStatus] = frozenset({"succeeded", "failed", "cancelled"})
 """Statuses that a job never leaves."""
 Stage = Literal["launching", "training", "accepting", "promoting"]
 Wanted = Literal["run", "cancel", "pause"]
+GradientKind = Literal["forward_backward", "load", "step", "sample", "save"]
+GradientStatus = Literal["queued", "running", "succeeded", "failed"]
 AdapterState = Literal["receiving", "received", "inspecting", "accepted", "rejected"]
 
 
@@ -235,6 +237,90 @@ class Delivery:
     delivered_at: int | None
     failed_at: int | None
     last_error: str | None
+
+
+@dataclass(frozen=True)
+class GradientAuxiliary:
+    """An auxiliary model of gradient learning: one session's, or one that the sessions of a group share."""
+
+    id: str
+    tenant_id: str
+    group: str | None
+    """The group that shares it; None of one session's own."""
+    version: int
+    """How often it was changed."""
+    key: str | None
+    """The store's key of its present state; None for the fresh start that its session's settings say."""
+
+
+@dataclass(frozen=True)
+class GradientSession:
+    """A customer's sequence of operations of gradient learning on one auxiliary."""
+
+    id: str
+    tenant_id: str
+    status: Literal["open", "closed"]
+    model: str
+    group: str | None
+    settings: dict[str, Any]
+    """As they hold for it: `sites` (each with all its fields), `auxiliary`, `mode`, `group`, `fit`, `interval`,
+    `fitting`, `metadata`."""
+    auxiliary_id: str
+    version: int
+    """The auxiliary's, when the row was read."""
+    next_number: int
+    """Of the operation that is awaited."""
+    created_at: int
+    used_at: int
+    expires_at: int
+    """When it is closed, if nothing is asked of it."""
+    closed_at: int | None
+    cleaned_at: int | None
+    """When what a closed one left in the store was removed."""
+
+
+@dataclass(frozen=True)
+class GradientOperation:
+    """One step of a session. A session's operations are carried out in the order of their numbers."""
+
+    id: str
+    session_id: str
+    tenant_id: str
+    auxiliary_id: str
+    number: int
+    kind: GradientKind
+    digest: str
+    """Of what was asked, so that the same can be told from something else under the same number."""
+    rows: int
+    """Rows of text that a pass has to make for it."""
+    request: dict[str, Any]
+    """What was asked; empty once it is over."""
+    status: GradientStatus
+    holder: str | None
+    """Who carries it out, or did so last."""
+    attempt: int
+    """How often it was begun."""
+    version: int | None
+    """Of the auxiliary after it, once it is over."""
+    result: dict[str, Any] | None
+    error: dict[str, Any] | None
+    """`{type, message, param, code}`"""
+    created_at: int
+    finished_at: int | None
+    dropped_at: int | None
+    """When its gradients were given up."""
+
+
+@dataclass(frozen=True)
+class GradientQueue:
+    """What is before an operation."""
+
+    ahead: int
+    """Operations of all customers that came earlier and are not over."""
+    rows: int
+    """Rows of these together."""
+    position: int
+    """Place among the unfinished operations of its own session: 1 is carried out next, or just now."""
 
 
 @dataclass(frozen=True)

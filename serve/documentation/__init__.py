@@ -35,9 +35,9 @@ _CONTENT = {
 }
 _OPEN_TO_ALL = frozenset({"/healthz"})
 _DESCRIPTION = """Offsite tuning as a service. Files, fine-tuning jobs, models and completions speak OpenAI's wire
-format; `/v1/offsite` hands bundles out and takes adapters back. Every error has the body `Error`. Answers to 408, 429,
-500 and 503 may be tried again, after `retry-after` seconds where that is given; `x-should-retry: false` says where
-another try is pointless. `x-request-id` names a request in the service's log."""
+format; `/v1/offsite` hands bundles out and takes adapters back; `/v1/cola` is gradient learning. Every error has the
+body `Error`. Answers to 408, 429, 500 and 503 may be tried again, after `retry-after` seconds where that is given;
+`x-should-retry: false` says where another try is pointless. `x-request-id` names a request in the service's log."""
 _ERROR = {
     "type": "object",
     "required": ["error"],

@@ -38,6 +38,23 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "update_endpoint": {"event_types": ["fine_tuning.job.succeeded"]},
     "rotate_secret": {"keep_old_secret_active_for_24_hours": True},
     "test_endpoint": {"event_type": "fine_tuning.job.succeeded"},
+    "create_session": {
+        "sites": ["*.q_proj", "*.v_proj"],
+        "auxiliary": {"kind": "low_rank", "rank": 8, "alpha": 8.0, "seed": 1},
+        "mode": "alone",
+        "fit": "server",
+        "interval": 4,
+        "fitting": {"optimizer": "adamw", "lr": 0.001},
+        "metadata": {"team": "support"},
+    },
+    "forward_backward": {
+        "number": 0,
+        "rows": [{"tokens": [17, 42, 7, 99], "loss_mask": [0, 0, 1, 1]}],
+        "coding": "int8",
+    },
+    "step_session": {"number": 1},
+    "sample_session": {"number": 2, "prompt": "A class definition", "max_tokens": 24, "temperature": 0.0},
+    "save_session": {"number": 3},
     "create_tenant": {"name": "acme", "limits": {"running_jobs": 2, "requests_per_minute": 600}},
     "change_tenant": {"limits": {"queued_jobs": 20}, "disabled": False},
     "create_key": {

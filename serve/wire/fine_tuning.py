@@ -47,7 +47,8 @@ def _suffix(value: Any) -> Any:
     )
 
 
-def _metadata(value: Any) -> Any:
+def checked_metadata(value: Any) -> Any:
+    """Metadata of any object, if it is within OpenAI's limits; raises ValueError."""
     if not isinstance(value, dict) or len(value) > 16:
         raise ValueError("metadata is an object of at most 16 texts")
     for key, text in value.items():
@@ -122,7 +123,7 @@ class JobRequest(Request):
     validation_file: str | None = Field(None, max_length=256)
     suffix: Annotated[str | None, BeforeValidator(_suffix)] = None
     seed: int | None = Field(None, ge=0, lt=2**31)
-    metadata: Annotated[dict[str, str] | None, BeforeValidator(_metadata)] = None
+    metadata: Annotated[dict[str, str] | None, BeforeValidator(checked_metadata)] = None
     method: Method | None = None
     hyperparameters: Hyperparameters | None = None
     """Deprecated at OpenAI in favour of `method`."""

@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field
 
 from serve.wire.base import Request, at_most
 
-KeyScope = Literal["files", "jobs", "inference", "offsite", "admin"]
+KeyScope = Literal["files", "jobs", "inference", "offsite", "cola", "admin"]
 
 
 class Limits(Request):
@@ -41,7 +41,7 @@ class KeyRequest(Request):
 
     tenant_id: str
     name: str = Field(default="", max_length=64)
-    scopes: Annotated[list[KeyScope], at_most(5)] = Field(min_length=1, max_length=5)
+    scopes: Annotated[list[KeyScope], at_most(6)] = Field(min_length=1, max_length=6)
     expires_days: int | None = Field(default=None, ge=1, le=36500)
     """Days after which it is refused; null for no end."""
 

@@ -12,7 +12,7 @@ from serve.api import create_api
 from serve.catalogue import Catalogue
 from serve.service import Service
 
-ALL_SCOPES = ("files", "jobs", "inference", "offsite")
+ALL_SCOPES = ("files", "jobs", "inference", "offsite", "cola")
 ClientOf = Callable[..., TestClient]
 
 

@@ -124,6 +124,7 @@ def settings(checkpoint: Path, store: LocalStore, database_url: str) -> ServeCon
         "database": {"url": database_url},
         "refresh_s": 0,
         "max_choices": 8,
+        "gradients": {},
     }
     return parse(ServeConfig, values, "test")
 

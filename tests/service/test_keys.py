@@ -95,6 +95,7 @@ def test_a_scope_opens_its_own_routes_only(client_of: ClientOf) -> None:
         "files": "/v1/files",
         "jobs": "/v1/fine_tuning/jobs",
         "offsite": "/v1/offsite/bundles",
+        "cola": "/v1/cola/sessions",
         "inference": "/v1/models",
         "admin": "/v1/audit",
     }

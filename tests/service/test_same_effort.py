@@ -42,6 +42,10 @@ def _adapter(client: TestClient, bundle: BundleManifest) -> str:
     return answer.json()["id"]
 
 
+def _session(client: TestClient, _: BundleManifest) -> str:
+    return client.post("/v1/cola/sessions", json={"sites": ["*.q_proj"]}).json()["id"]
+
+
 CALLS: dict[str, tuple[Make, list[tuple[str, str]]]] = {
     "/v1/files": (_file, [("GET", ""), ("GET", "/content"), ("HEAD", "/content"), ("DELETE", "")]),
     "/v1/fine_tuning/jobs": (
@@ -55,6 +59,19 @@ CALLS: dict[str, tuple[Make, list[tuple[str, str]]]] = {
     ),
     "/v1/webhook_endpoints": (_endpoint, [("GET", ""), ("POST", "/rotate_secret"), ("DELETE", "")]),
     "/v1/offsite/adapters": (_adapter, [("GET", ""), ("POST", "/complete"), ("DELETE", "")]),
+    "/v1/cola/sessions": (
+        _session,
+        [
+            ("GET", ""),
+            ("GET", "/operations/0"),
+            ("GET", "/operations/0?wait_s=1"),
+            ("GET", "/auxiliary"),
+            ("GET", "/gradients/0"),
+            ("GET", "/saved/0/files/adapter_config.json"),
+            ("PUT", "/auxiliary?number=0&version=0"),
+            ("DELETE", ""),
+        ],
+    ),
 }
 
 

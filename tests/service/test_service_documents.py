@@ -16,7 +16,7 @@ _PATH = re.compile(r"`((?:[a-z_0-9.-]+/)*[a-z_0-9]+(?:\.py|\.md|\.yaml)?)`")
 
 def test_shipped_configuration_has_everything_on() -> None:
     config = load(ServeConfig, str(ROOT / "serve/configs/service.yaml"), [])
-    assert config.database is not None and config.store is not None
+    assert config.database is not None and config.store is not None and config.gradients is not None
     assert (ROOT / config.model.source / "config.json").is_file()
 
 
