@@ -18,7 +18,7 @@ from ot_ray.errors import AlreadyExistsError, ArtifactError, OTRayError, Signatu
 from ot_ray.progress import Progress
 from ot_ray.store.partial import chunks_of, disk_errors
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 16  # bytes; a connection that breaks costs no more
 _MB = 1_000_000
 _MOST_SIGNATURE_BYTES = 8 * 2**20
 
@@ -26,11 +26,7 @@ _MOST_SIGNATURE_BYTES = 8 * 2**20
 def download_bundle(http: Http, bundle_id: str, folder: Path, public_key: Path | None) -> Bundle:
     """Download a bundle into a folder that is not there yet. Errors are those of `Client.download`."""
     folder = folder.absolute()
-    with disk_errors(f"cannot write {folder}"):
-        if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
-            raise AlreadyExistsError(f"{folder} is already there; choose another folder or delete it")
-        staging = staging_folder(folder, bundle_id)
-        staging.mkdir(parents=True, exist_ok=True)
+    staging = staged(folder, bundle_id)
     manifest = _manifest(http, bundle_id, staging, public_key)
     _fetch_files(http, manifest, staging)
     try:
@@ -42,6 +38,20 @@ def download_bundle(http: Http, bundle_id: str, folder: Path, public_key: Path |
     with disk_errors(f"cannot write {folder}"):
         os.rename(staging, folder)
     return Bundle(folder, bundle.manifest)
+
+
+def staged(folder: Path, name: str) -> Path:
+    """The staging folder, made where it is not there yet, of what is to appear as `folder`.
+
+    Raises:
+        AlreadyExistsError: the folder is there and not empty.
+    """
+    with disk_errors(f"cannot write {folder}"):
+        if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
+            raise AlreadyExistsError(f"{folder} is already there; choose another folder or delete it")
+        staging = staging_folder(folder, name)
+        staging.mkdir(parents=True, exist_ok=True)
+    return staging
 
 
 def staging_folder(folder: Path, bundle_id: str) -> Path:
@@ -91,13 +101,23 @@ def _fetch_files(http: Http, manifest: BundleManifest, staging: Path) -> None:
     with Progress("download", max(1, total // _MB), unit="MB") as bar:
         done = 0
         for name, entry in sorted(manifest.files.items()):
-            _fetch(http, _path(manifest.bundle_id, name), staging / name, entry.bytes, entry.sha256, bar, done)
+            fetch_file(http, _path(manifest.bundle_id, name), staging / name, entry.bytes, entry.sha256, bar, done)
             done += entry.bytes
             bar.at(done // _MB)
 
 
-def _fetch(http: Http, path: str, target: Path, size: int, sha256: str, bar: Progress, done: int) -> None:
-    """Bring a file to its size, going on with what is there, and check its hash."""
+def fetch_file(
+    http: Http, path: str, target: Path, size: int, sha256: str, bar: Progress | None = None, done: int = 0
+) -> None:
+    """Bring a file to its size, going on with what is there, and check its hash.
+
+    Args:
+        done: bytes that came before this file, for the bar.
+
+    Raises:
+        ServiceError: the service refused, or does not answer.
+        ArtifactError: what came is longer, or has another hash.
+    """
     with disk_errors(f"cannot write {target}"):
         target.parent.mkdir(parents=True, exist_ok=True)
         target.touch()
@@ -130,7 +150,7 @@ def _fetch(http: Http, path: str, target: Path, size: int, sha256: str, bar: Pro
         raise ArtifactError(f"{target.name} came with sha256 {digest.hexdigest()}, not {sha256}; download it again")
 
 
-def _more(http: Http, path: str, target: Path, size: int, sha256: str, bar: Progress, done: int) -> Answer:
+def _more(http: Http, path: str, target: Path, size: int, sha256: str, bar: Progress | None, done: int) -> Answer:
     """One request for what a file lacks."""
     have = target.stat().st_size
     headers = {"range": f"bytes={have}-", "if-range": f'"{sha256}"'} if have else {}
@@ -142,17 +162,20 @@ def _more(http: Http, path: str, target: Path, size: int, sha256: str, bar: Prog
         return Answer(response.status, told, b"")
 
 
-def _append(response: http_client.HTTPResponse, target: Path, start: int, size: int, bar: Progress, done: int) -> None:
+def _append(
+    response: http_client.HTTPResponse, target: Path, start: int, size: int, bar: Progress | None, done: int
+) -> None:
     with target.open("r+b") as file:
         file.truncate(start)
         file.seek(start)
         while chunk := response.read(min(_CHUNK, size - start + 1)):
             start += len(chunk)
             if start > size:
-                raise ArtifactError(f"{target.name} is longer than the manifest's {size} bytes; ask the operator")
+                raise ArtifactError(f"{target.name} is longer than its {size} bytes; ask the operator")
             with disk_errors(f"cannot write {target}"):
                 file.write(chunk)
-            bar.at((done + start) // _MB)
+            if bar is not None:
+                bar.at((done + start) // _MB)
 
 
 def _path(bundle_id: str, name: str) -> str:

@@ -135,8 +135,12 @@ class Http:
         if 300 <= answer.status < 400:
             raise ServiceError(f"{self.url} answers with a redirect, which is not followed with a key; use its target")
         if not 200 <= answer.status < 300:
-            told = str(answer.error.get("message"))[:2000]
-            raise ServiceError(f"{method} {self.url}{path} was answered {answer.status}: {told}")
+            told, code = str(answer.error.get("message"))[:2000], answer.error.get("code")
+            raise ServiceError(
+                f"{method} {self.url}{path} was answered {answer.status}: {told}",
+                answer.status,
+                code if isinstance(code, str) else None,
+            )
 
     @contextlib.contextmanager
     def _open(

@@ -21,7 +21,7 @@ import uvicorn
 
 from ot_ray.artifacts import BundleManifest, Registry, generate_key, key_id, parse_model_id
 from ot_ray.client import Client, OfferedBundle, TunedAdapter, service_of, tune
-from ot_ray.client.downloads import _fetch, staging_folder
+from ot_ray.client.downloads import fetch_file, staging_folder
 from ot_ray.client.http import Answer, Http, _wanted_pause
 from ot_ray.client.uploads import _send
 from ot_ray.config import parse
@@ -177,7 +177,7 @@ def test_connections_that_break_cost_only_what_they_did_not_bring(
             pass
 
     with serving(Cutting) as url, Progress("test", 1) as bar:
-        _fetch(Http(url, "sk-x", patience_s=WAIT_S), "/file", tmp_path / "file", len(data), sha256, bar, 0)
+        fetch_file(Http(url, "sk-x", patience_s=WAIT_S), "/file", tmp_path / "file", len(data), sha256, bar, 0)
     assert (tmp_path / "file").read_bytes() == data
     assert len(asked) == len(pieces)
     assert all(tag == f'"{sha256}"' for start, tag in asked if start)
