@@ -75,7 +75,7 @@ def test_processes_make_the_same_batches_and_resume(corpus: StreamConfig) -> Non
     with Ranks(corpus.model_copy(update={"workers": 0})) as here:
         expected = here.rest()
     with Ranks(corpus) as there:
-        assert len(makers()) == 2
+        wait_for(lambda: len(makers()) == 2)
         first = there.take(3)
         # What is made ahead is not yet given, so it is not in the position.
         states, following = there.states(), there.take(4)
@@ -94,7 +94,7 @@ def test_processes_make_the_same_batches_and_resume(corpus: StreamConfig) -> Non
 @pytest.mark.slow
 def test_there_are_no_more_processes_than_rows(corpus: StreamConfig) -> None:
     with Ranks(corpus, batch_size=1):
-        assert len(makers()) == 1
+        wait_for(lambda: len(makers()) == 1)
 
 
 @pytest.mark.slow

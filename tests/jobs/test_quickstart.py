@@ -16,7 +16,7 @@ import psutil
 import pytest
 from matplotlib import image
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 # Enough to hold the promises with room, on the base that ships.
 SMALL = [
