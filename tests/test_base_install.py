@@ -1,4 +1,5 @@
-"""What a customer has at home, the base install, is enough to tune a bundle and to inspect the adapter."""
+"""What a customer has at home, the base install, is enough to tune a bundle, to inspect the adapter, and for gradient
+learning."""
 
 from __future__ import annotations
 
@@ -34,14 +35,30 @@ class Present:
         return getattr(self._finder, name)
 
 sys.meta_path[:] = [Present(finder) for finder in sys.meta_path]
-place = sys.argv[1]
+place, verb = sys.argv[1:3]
+sys.argv = [verb, *sys.argv[3:]]
+runpy.run_module(verb, run_name="__main__", alter_sys=True)
+"""
+INSPECT = """
 import ot_ray
-sys.argv = ["jobs.tune", *sys.argv[2:]]
-runpy.run_module("jobs.tune", run_name="__main__", alter_sys=True)
 bundle = ot_ray.open_bundle(f"{place}/bundle").manifest
 adapter = ot_ray.inspect_adapter(f"{place}/out", bundle)
-print("tensors", len(adapter.tensors), "blocked", sorted(BLOCKED & set(sys.modules)))
+print("tensors", len(adapter.tensors))
 """
+WHAT_CAME = """
+print("blocked", sorted(BLOCKED & set(sys.modules)))
+"""
+
+
+def at_home(place: Path, verb: str, settings: list[str], then: str = "") -> list[str]:
+    """The lines that a verb prints, and what is run after it."""
+    arguments = [json.dumps(NOT_AT_HOME), str(place), verb, *settings]
+    program = AT_HOME + then + WHAT_CAME
+    ended = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=200, cwd=ROOT
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout.splitlines()
 
 
 @pytest.mark.slow
@@ -51,13 +68,15 @@ def test_tuning_needs_the_base_install_only(tmp_path: Path) -> None:
         f"bundle.folder={tmp_path}/bundle", f"data.source={tmp_path}/train.jsonl", "sequence_length=16",
         "training={steps: 2, batch_size: 2}", f"output={tmp_path}/out", "method=lora",
     ]  # fmt: skip
-    ended = subprocess.run(
-        [sys.executable, "-c", AT_HOME, json.dumps(NOT_AT_HOME), str(tmp_path), *settings],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        cwd=ROOT,
-    )
-    assert ended.returncode == 0, ended.stderr
     # Two low-rank factors for each of six linear maps in each of two layers.
-    assert ended.stdout.splitlines()[-1] == "tensors 24 blocked []"
+    assert at_home(tmp_path, "jobs.tune", settings, INSPECT)[-2:] == ["tensors 24", "blocked []"]
+
+
+@pytest.mark.slow
+def test_gradient_learning_needs_the_base_install_only(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"Paragraph {number} of a customer's own text.\n" for number in range(200)))
+    settings = [f"data.source={text}", "sequence_length=16", "run.steps=2", "run.rows=2", f"output={tmp_path}/out"]
+    client = "from ot_ray.client import ColaClient, ColaTrainer"
+    assert at_home(tmp_path, "jobs.cola", settings, client)[-1] == "blocked []"
+    assert (tmp_path / "out/customer/lora/adapter_model.safetensors").is_file()
