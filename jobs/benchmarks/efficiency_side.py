@@ -140,7 +140,7 @@ def _trainer(config: SideConfig, device: torch.device) -> Measured:
             report_to="none",
             disable_tqdm=True,
         )
-        trainer = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[clock])  # type: ignore[arg-type]
+        trainer = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[clock])  # type: ignore[arg-type] - a list does
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return Measured(seconds=clock.seconds, losses=losses, trainable_parameters=trainable_parameters(model))

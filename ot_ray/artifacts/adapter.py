@@ -65,7 +65,7 @@ def write_adapter(
             _write_lora(staging, tuned, bundle)
         else:
             _write_plain(staging, tuned, bundle, method, size)
-        base: PreTrainedModel = tuned.get_base_model() if isinstance(tuned, PeftModel) else tuned  # type: ignore[assignment]
+        base: PreTrainedModel = tuned.get_base_model() if isinstance(tuned, PeftModel) else tuned  # type: ignore[assignment] - its stub says any module
         if bundle.head:
             write_head(staging, base, bundle)
         classes = classes_of(base) if bundle.head else None

@@ -105,7 +105,7 @@ class Journal:
             wanted = change(_replay(entries).standing)
             if wanted is None:
                 return ""
-            entry = JournalEntry(action=wanted[0], model_id=wanted[1], at=now())  # type: ignore[arg-type]
+            entry = JournalEntry(action=wanted[0], model_id=wanted[1], at=now())  # type: ignore[arg-type] - checked as it is made
             try:
                 self._store.create(f"{self._prefix}/{len(entries) + 1:06d}.json", to_text(entry))
             except AlreadyExistsError:

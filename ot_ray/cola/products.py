@@ -142,7 +142,7 @@ class _Delta(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override] - its stub names no types
         sums: SiteSums = ctx.sums
         if sums.versions() != ctx.versions:
             raise GradientLearningError(

@@ -60,7 +60,7 @@ _BODY = {"requestBody": {"required": True, "content": {"application/octet-stream
     status_code=202,
     summary="Send a fitted auxiliary",
     openapi_extra=_BODY,
-    responses=TAKEN,  # type: ignore[arg-type]
+    responses=TAKEN,
 )
 async def put_auxiliary(
     request: Request,

@@ -43,7 +43,7 @@ router = APIRouter(prefix="/v1/cola/sessions/{session_id}", tags=["Gradient lear
 
 Number = Annotated[int, Path(ge=0, le=2**31 - 1, description="The operation's number")]
 ENDED = frozenset({"succeeded", "failed"})
-TAKEN = {
+TAKEN: dict[int | str, dict[str, Any]] = {
     200: {"description": "The operation was taken in before"},
     409: {"description": "The number belongs to something else, or another one is the next"},
     429: {"description": "Too many of the session's operations are not over"},
@@ -52,7 +52,7 @@ _FLOAT_BYTES = 4
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _PAUSE_GROWS = 0.05, 1.0, 1.5
 
 
-@router.post("/forward_backward", status_code=202, summary="Run forward and backward", responses=TAKEN)  # type: ignore[arg-type]
+@router.post("/forward_backward", status_code=202, summary="Run forward and backward", responses=TAKEN)
 def forward_backward(
     request: Request, response: Response, session_id: str, body: ForwardBackwardRequest, identity: Asker
 ) -> OperationObject:
@@ -63,7 +63,7 @@ def forward_backward(
     return _submit(request, response, session, "forward_backward", body.number, asked, rows=len(body.rows))
 
 
-@router.post("/step", status_code=202, summary="Fit what was collected", responses=TAKEN)  # type: ignore[arg-type]
+@router.post("/step", status_code=202, summary="Fit what was collected", responses=TAKEN)
 def step_session(
     request: Request, response: Response, session_id: str, body: StepRequest, identity: Asker
 ) -> OperationObject:
@@ -76,7 +76,7 @@ def step_session(
     return _submit(request, response, session, "step", body.number, {})
 
 
-@router.post("/sample", status_code=202, summary="Continue a text", responses=TAKEN)  # type: ignore[arg-type]
+@router.post("/sample", status_code=202, summary="Continue a text", responses=TAKEN)
 def sample_session(
     request: Request, response: Response, session_id: str, body: SampleRequest, identity: Asker
 ) -> OperationObject:
@@ -88,7 +88,7 @@ def sample_session(
     return _submit(request, response, session, "sample", body.number, asked, drawn)
 
 
-@router.post("/save", status_code=202, summary="Save the auxiliary", responses=TAKEN)  # type: ignore[arg-type]
+@router.post("/save", status_code=202, summary="Save the auxiliary", responses=TAKEN)
 def save_session(
     request: Request, response: Response, session_id: str, body: StepRequest, identity: Asker
 ) -> OperationObject:
